@@ -9,6 +9,8 @@
             UnknownTensorError
         ShapeError                   a tensor whose named dimensions do not fit
         ContextLengthError           more tokens than the model or the state can hold
+        CalibrationError             calibration stats that are missing, damaged or of another model
+        QuantizationError            weights or a recipe that cannot be quantized
         GraphError                   a graph that breaks a contract
         EngineBuildError             an engine builder that failed
         BundleError                  an engine bundle that cannot be used
@@ -26,6 +28,7 @@ from typing import ClassVar
 __all__ = [
     "BackendUnavailableError",
     "BundleError",
+    "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
@@ -34,6 +37,7 @@ __all__ = [
     "GraphError",
     "MissingTensorError",
     "OutputError",
+    "QuantizationError",
     "RingExportError",
     "ShapeError",
     "ToleranceExceededError",
@@ -90,6 +94,18 @@ class ShapeError(RingExportError):
 
 class ContextLengthError(ShapeError):
     """More tokens than the model's context or the decode state can hold."""
+
+
+class CalibrationError(RingExportError):
+    """Calibration stats that are missing, damaged or of another model."""
+
+    exit_code = 3
+
+
+class QuantizationError(RingExportError):
+    """Weights that cannot be quantized, or a recipe that does not fit the model."""
+
+    exit_code = 3
 
 
 class GraphError(RingExportError):

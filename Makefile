@@ -1,0 +1,40 @@
+# make demo   set everything up, build an engine bundle of models/ring-nano and let it write text
+# make test   set everything up and run the tests
+# make check  set everything up and run lint, format and type checks
+# make docs   regenerate the reference pages from the code
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# A pinned release: without a GPU nobody wants the CUDA packages of a newer one.
+TORCH ?= torch==2.13.0
+BUNDLE ?= bundles/ring-nano
+PROMPT ?= The purpose of this function is
+
+.PHONY: setup demo test check docs clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("ringexport needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[ort,torch,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/ringexport build models/ring-nano -o $(BUNDLE)
+	$(BIN)/ringexport run $(BUNDLE) "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 1
+
+test: setup
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python scripts/generate_docs.py
+
+clean:
+	rm -rf $(VENV) bundles build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,134 @@
+"""``ringexport build``: a checkpoint becomes a bundle."""
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ringexport.cli.app import App, command_options, json_option, pass_app
+from ringexport.pipeline.request import AUTO, DECAY_INDICES, RECIPES, BuildRequest
+
+if TYPE_CHECKING:
+    from ringexport.cli.console import Terminal
+    from ringexport.pipeline.build import BuildEstimate, BuildResult
+
+__all__ = ["command"]
+
+
+@click.command("build")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    metavar="BUNDLE",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory to write; an older bundle there is replaced when the new one is complete.",
+)
+@click.option(
+    "--recipe",
+    default=AUTO,
+    show_default=True,
+    metavar="NAME",
+    help=f"Quantization recipe: {AUTO}, {', '.join(RECIPES)}. "
+    "auto is fp32 on the CPU, which runs fp32 and bf16.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    default=(AUTO,),
+    show_default=True,
+    help="What to build for, such as onnxruntime:cpu; may be given several times.",
+)
+@click.option(
+    "--decay-index",
+    type=click.Choice(DECAY_INDICES),
+    default=BuildRequest.__dataclass_fields__["decay_index"].default,
+    show_default=True,
+    help="Form of the layer factor of the decay, on which public implementations disagree.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything, show the decisions, write nothing."
+)
+@json_option
+@command_options
+@pass_app
+def command(
+    app: App,
+    checkpoint: Path,
+    output: Path,
+    recipe: str,
+    targets: tuple[str, ...],
+    decay_index: str,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Build an engine bundle from a CHECKPOINT directory.
+
+    Nothing appears at BUNDLE before it is complete, digested and tried; whatever fails or
+    interrupts the build leaves an older bundle as it was.
+    """
+    from ringexport.pipeline.build import build, estimate
+
+    request = BuildRequest(
+        checkpoint=checkpoint,
+        output=output,
+        recipe=recipe,
+        targets=targets,
+        decay_index=decay_index,
+    )
+    terminal = app.terminal
+    if dry_run:
+        _show_estimate(app, terminal, estimate(request), as_json)
+        return
+    with terminal.progress() as progress:
+        result = build(request, progress=progress)
+    if as_json:
+        app.write_json(_result_json(result))
+        return
+    from ringexport.cli.console import format_bytes
+
+    resolved = result.manifest.build
+    terminal.say(
+        f"built {result.path}: {format_bytes(result.nbytes)}, {', '.join(resolved.targets)},"
+        f" recipe {resolved.recipe}, decay index {resolved.decay_index},"
+        f" in {sum(result.seconds.values()):.1f} s"
+    )
+    terminal.say(f'try it: ringexport run {shlex.quote(str(result.path))} "Once upon a time"')
+
+
+def _show_estimate(app: App, terminal: "Terminal", found: "BuildEstimate", as_json: bool) -> None:
+    if as_json:
+        app.write_json(asdict(found))
+        return
+    from ringexport.cli.console import format_bytes
+
+    build = found.build
+    terminal.facts(
+        {
+            "recipe": build.recipe,
+            "compute dtype": build.compute_dtype,
+            "targets": ", ".join(build.targets),
+            "decay index": build.decay_index,
+            "model": f"{found.architecture}, {found.num_parameters:,} parameters",
+            "weights read": format_bytes(found.source_bytes),
+            "bundle, at most": format_bytes(found.bundle_bytes),
+            "free on that disk": format_bytes(found.free_bytes),
+        }
+    )
+    terminal.say("dry run: nothing was written")
+
+
+def _result_json(result: "BuildResult") -> dict[str, object]:
+    return {
+        "bundle": str(result.path),
+        "bytes": result.nbytes,
+        "build": asdict(result.manifest.build),
+        "seconds": result.seconds,
+        "notes": list(result.notes),
+    }

@@ -1,0 +1,223 @@
+"""``ringexport doctor``: what works on this machine, what does not, why, and what to install."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from ringexport.cli.app import App, command_options, json_option, pass_app
+from ringexport.version import __version__
+
+__all__ = ["Check", "TargetCheck", "check_machine", "check_targets", "command"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One part of the machine: whether it is there, what was found, how to get it."""
+
+    name: str
+    found: bool
+    detail: str
+    install: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetCheck:
+    """One target: whether it can be built and run here, and if not, why and what to do."""
+
+    target: str
+    works: bool
+    reason: str
+    install: str | None = None
+
+
+@click.command("doctor")
+@json_option
+@command_options
+@pass_app
+def command(app: App, *, as_json: bool) -> None:
+    """Show which targets work on this machine, which do not, why, and what to install.
+
+    Also lists what killed builds have left in the current directory. Changes nothing.
+    """
+    checks = check_machine()
+    targets = check_targets({check.name: check for check in checks})
+    stale = stale_builds()
+    if as_json:
+        app.write_json(
+            {
+                "ringexport": __version__,
+                "machine": [asdict(check) for check in checks],
+                "targets": [asdict(target) for target in targets],
+                "stale_builds": stale,
+            }
+        )
+        return
+    terminal = app.terminal
+    terminal.table(
+        ("target", "works", "why", "to get it"),
+        [(t.target, _yes(t.works), t.reason, t.install or "") for t in targets],
+        title=f"Targets of ringexport {__version__} on this machine",
+    )
+    terminal.table(
+        ("part", "found", "detail", "to get it"),
+        [(c.name, _yes(c.found), c.detail, c.install or "") for c in checks],
+        title="What was looked for",
+    )
+    if stale:
+        terminal.result("\nLeft by builds that were killed; the next build to the same output")
+        terminal.result("removes them, or remove them yourself: " + ", ".join(stale))
+
+
+def check_machine() -> list[Check]:
+    """Look at Python, packages, drivers, compilers and the disk."""
+    return [
+        _check_python(),
+        _check_package("numpy", "pip install ringexport"),
+        _check_package("onnx", "pip install 'ringexport[torch]'"),
+        _check_package("torch", "pip install 'ringexport[torch]'"),
+        _check_onnxruntime(),
+        _check_gpu(),
+        _check_nvcc(),
+        _check_package("tensorrt", "pip install 'ringexport[tensorrt]'"),
+        _check_package("tensorrt_rtx", "pip install 'ringexport[tensorrt-rtx]'"),
+        _check_disk(),
+    ]
+
+
+def check_targets(machine: dict[str, Check]) -> list[TargetCheck]:
+    """Say which targets work, given the checks of the machine by name."""
+    ort, onnx, torch = machine["onnxruntime"], machine["onnx"], machine["torch"]
+    if not ort.found:
+        cpu = TargetCheck(
+            target="onnxruntime:cpu",
+            works=False,
+            reason="onnxruntime is missing",
+            install=ort.install,
+        )
+    elif not onnx.found:
+        cpu = TargetCheck(
+            target="onnxruntime:cpu",
+            works=True,
+            reason="runs bundles; building them needs onnx",
+            install=onnx.install,
+        )
+    else:
+        cpu = TargetCheck(target="onnxruntime:cpu", works=True, reason="builds and runs bundles")
+    reference = TargetCheck(
+        target="torch",
+        works=torch.found,
+        reason="the reference of compare, bench and eval" if torch.found else "torch is missing",
+        install=torch.install,
+    )
+    later = {
+        "onnxruntime:cuda": [machine["NVIDIA GPU"]],
+        "cuda:sm_80/86/89/90/100/120": [machine["NVIDIA GPU"], machine["nvcc"]],
+        "tensorrt:sm_..": [machine["NVIDIA GPU"], machine["tensorrt"]],
+        "tensorrt-rtx:sm_80/86/89/120": [machine["tensorrt_rtx"]],
+    }
+    return [cpu, reference, *(_later(target, needs) for target, needs in later.items())]
+
+
+def _later(target: str, needs: list[Check]) -> TargetCheck:
+    """Describe a target of the design that this version does not build."""
+    missing = [f"no {check.name} here" for check in needs if not check.found]
+    reason = "; ".join(["not built by this version yet", *missing])
+    return TargetCheck(target=target, works=False, reason=reason)
+
+
+def stale_builds() -> list[str]:
+    """Return temporary directories of dead builds in the current directory and one below it."""
+    from ringexport.bundle import find_stale_builds
+
+    here = Path()
+    folders = [here, *(path for path in here.iterdir() if path.is_dir())]
+    return [str(path) for folder in folders for path in find_stale_builds(folder)]
+
+
+def _check_python() -> Check:
+    version = platform.python_version()
+    return Check(
+        name="python",
+        found=sys.version_info >= (3, 11),
+        detail=f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        install=None if sys.version_info >= (3, 11) else "Python 3.11 or newer",
+    )
+
+
+def _check_package(name: str, install: str) -> Check:
+    """Look a package up without importing it."""
+    if importlib.util.find_spec(name) is None:
+        return Check(name=name, found=False, detail="not installed", install=install)
+    try:
+        version = importlib.metadata.version(name.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown version"
+    return Check(name=name, found=True, detail=version)
+
+
+def _check_onnxruntime() -> Check:
+    install = "pip install 'ringexport[ort]'"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        detail = "not installed" if error.name == "onnxruntime" else str(error).splitlines()[0]
+        return Check(name="onnxruntime", found=False, detail=detail, install=install)
+    providers = [
+        name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()
+    ]
+    detail = f"{onnxruntime.__version__} with {', '.join(providers)}"
+    return Check(name="onnxruntime", found=True, detail=detail)
+
+
+def _check_gpu() -> Check:
+    query = "--query-gpu=name,driver_version,compute_cap,memory.total"
+    output = _matching_line("", "nvidia-smi", query, "--format=csv,noheader")
+    if output is None:
+        return Check(
+            name="NVIDIA GPU",
+            found=False,
+            detail="no NVIDIA GPU or driver",
+            install="the NVIDIA driver, on a machine with a GPU",
+        )
+    return Check(name="NVIDIA GPU", found=True, detail=output)
+
+
+def _check_nvcc() -> Check:
+    output = _matching_line("release", "nvcc", "--version")
+    if output is None:
+        return Check(name="nvcc", found=False, detail="no nvcc on PATH", install="CUDA toolkit")
+    return Check(name="nvcc", found=True, detail=output)
+
+
+def _matching_line(text: str, program: str, *arguments: str) -> str | None:
+    """Return the first line with `text` of what a program prints, None if it fails or lacks it."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            [path, *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip() and text in line]
+    return lines[0] if lines and done.returncode == 0 else None
+
+
+def _check_disk() -> Check:
+    usage = shutil.disk_usage(Path())
+    detail = f"{usage.free / 1e9:.1f} GB free in the current directory"
+    return Check(name="disk", found=usage.free > 1 << 30, detail=detail)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,118 @@
+"""Open what the user names: a bundle or a checkpoint becomes an engine, a file a text."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from ringexport.bundle import MANIFEST_NAME, EngineBundle
+from ringexport.cli.app import App
+from ringexport.compare.perplexity import Text
+from ringexport.errors import ConfigError
+from ringexport.ops.decay import DecayIndex
+from ringexport.progress import Progress
+from ringexport.runtime.registry import (
+    RunnerOptions,
+    open_bundle_runner,
+    open_checkpoint_runner,
+)
+from ringexport.runtime.session import Engine
+from ringexport.runtime.tokenizer import ModelTokenizer
+
+__all__ = ["open_engine", "read_text", "texts_from_files"]
+
+
+def open_engine(
+    app: App,
+    path: Path,
+    progress: Progress,
+    *,
+    backend: str = "auto",
+    decay_index: str | None = None,
+    checkpoint: Path | None = None,
+    verify: bool = True,
+) -> Engine:
+    """Load a bundle or a checkpoint.
+
+    Args:
+        app: knows the number of threads.
+        path: directory of a bundle or a checkpoint.
+        progress: told about the bytes that are verified.
+        backend: name of a backend, or "auto".
+        decay_index: for a checkpoint; a bundle knows its own.
+        checkpoint: where the torch backend finds a bundle's checkpoint, if it has moved.
+        verify: compare the digests of a bundle.
+
+    Raises:
+        ConfigError: a decay index for a bundle.
+        RingExportError: whatever is wrong with the directory.
+    """
+    is_checkpoint = (path / "config.json").is_file() and not (path / MANIFEST_NAME).is_file()
+    options = RunnerOptions(
+        threads=app.settings.threads,
+        checkpoint=checkpoint,
+        decay_index=DecayIndex(decay_index or "serving"),
+    )
+    bundle = None
+    directory = path
+    if not is_checkpoint:
+        bundle = EngineBundle.open(path, verify=verify, progress=progress)
+        directory = path / "model"
+        if decay_index is not None:
+            raise ConfigError(
+                f"{path} is a bundle and was built with the decay index"
+                f" {bundle.manifest.build.decay_index}",
+                hint="give --decay-index with a checkpoint, or build with it",
+            )
+    progress.start(f"loading the {'checkpoint' if bundle is None else 'bundle'}")
+    with ExitStack() as stack:
+        if bundle is None:
+            runner = open_checkpoint_runner(path, backend, options)
+        else:
+            runner = open_bundle_runner(bundle, backend, options)
+        stack.callback(runner.close)
+        tokenizer = ModelTokenizer.open(directory, vocab_size=runner.spec.vocab_size)
+        stack.pop_all()
+    progress.finish()
+    return Engine(runner, tokenizer, bundle=bundle)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        ConfigError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}",
+            hint="convert it to UTF-8",
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+
+
+def texts_from_files(
+    tokenizer: ModelTokenizer, paths: Sequence[Path], max_tokens: int | None
+) -> list[Text]:
+    """Read and tokenize files.
+
+    Args:
+        tokenizer: of the model.
+        paths: of UTF-8 texts.
+        max_tokens: cut each text after so many tokens.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    texts = []
+    for path in paths:
+        tokens = tokenizer.encode(read_text(path))[:max_tokens]
+        num_bytes = sum(len(tokenizer.token_bytes(token)) for token in tokens[1:])
+        texts.append(
+            Text(name=str(path), tokens=np.asarray(tokens, dtype=np.int64), num_bytes=num_bytes)
+        )
+    return texts

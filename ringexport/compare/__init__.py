@@ -1,0 +1,1 @@
+"""Compare runners: metrics, the table of tolerances, teacher forcing, perplexity and speed."""

@@ -1,0 +1,171 @@
+"""Measure first-token time and decode speed of runners on equal terms."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ringexport.errors import ConfigError, ToleranceExceededError
+from ringexport.progress import NoProgress, Progress
+from ringexport.runtime.runner import Runner
+
+__all__ = ["BenchConfig", "Speed", "check_agreement", "measure"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """What is measured.
+
+    Attributes:
+        batch: rows that are decoded at once.
+        prefill: prompt lengths in tokens whose first-token time is measured, with one row.
+        context: tokens in the state when decoding starts.
+        decode: decoded tokens per run.
+        repeat: runs; the median counts. One more run warms up.
+    """
+
+    batch: tuple[int, ...] = (1,)
+    prefill: tuple[int, ...] = (128, 2000)
+    context: int = 128
+    decode: int = 64
+    repeat: int = 3
+
+    def check(self, context_length: int) -> None:
+        """Refuse numbers that cannot be measured.
+
+        Raises:
+            ConfigError: a number below 1, or more tokens than the context holds.
+        """
+        numbers = (*self.batch, *self.prefill, self.context, self.decode, self.repeat)
+        if not self.batch or min(numbers) < 1:
+            raise ConfigError("bench needs positive numbers of rows, tokens and runs")
+        longest = max(*self.prefill, self.context + self.decode)
+        if longest > context_length:
+            raise ConfigError(
+                f"bench would use {longest} tokens, the context holds {context_length}",
+                hint="give smaller --prefill, --context or --decode",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What was measured for one runner.
+
+    Attributes:
+        name: of the runner.
+        first_token_ms: prompt length to median time until its last logits, one row.
+        decode_tokens_per_s: batch to median speed, all rows together.
+        spread: (slowest - fastest) / median of the decode runs with the first batch.
+    """
+
+    name: str
+    first_token_ms: dict[int, float]
+    decode_tokens_per_s: dict[int, float]
+    spread: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Return JSON values."""
+        return {
+            "backend": self.name,
+            "first_token_ms": {str(key): value for key, value in self.first_token_ms.items()},
+            "decode_tokens_per_s": {
+                str(key): value for key, value in self.decode_tokens_per_s.items()
+            },
+            "spread": self.spread,
+        }
+
+
+def prompt_tokens(length: int, vocab_size: int) -> npt.NDArray[np.int64]:
+    """Return `length` token ids that are the same on every machine, [length] int64."""
+    return np.random.default_rng(20261121).integers(0, vocab_size, length, dtype=np.int64)
+
+
+def greedy(runner: Runner, prompt: npt.NDArray[np.int64], count: int) -> list[int]:
+    """Return the `count` tokens that `runner` finds most likely after `prompt`, one by one."""
+    state = runner.new_state(1)
+    logits = runner.prefill(prompt[None], None, state)
+    tokens = [int(logits[0].argmax())]
+    while len(tokens) < count:
+        logits = runner.decode([tokens[-1]], state)
+        tokens.append(int(logits[0].argmax()))
+    return tokens
+
+
+def check_agreement(runners: Sequence[Runner], count: int = 32) -> int:
+    """Check that all runners decode the same text, greedily; returns the tokens compared.
+
+    Raises:
+        ToleranceExceededError: two runners disagree, so their speeds cannot be compared.
+    """
+    prompt = prompt_tokens(64, runners[0].spec.vocab_size)
+    expected = greedy(runners[0], prompt, count)
+    for runner in runners[1:]:
+        found = greedy(runner, prompt, count)
+        if found != expected:
+            place = next(i for i in range(count) if found[i] != expected[i])
+            raise ToleranceExceededError(
+                f"{runner.spec.name} and {runners[0].spec.name} disagree at greedy token {place}:"
+                f" {found[place]} and {expected[place]}; no speed is reported for wrong results",
+                hint="ringexport compare shows where they part",
+            )
+    return count
+
+
+def measure(runner: Runner, config: BenchConfig, *, progress: Progress | None = None) -> Speed:
+    """Measure one runner.
+
+    Args:
+        runner: warm or cold; one run of each kind is not counted.
+        config: what to measure.
+        progress: told about the runs.
+
+    Raises:
+        ConfigError: the runner cannot hold what `config` asks for.
+    """
+    progress = progress or NoProgress()
+    config.check(runner.spec.context_length)
+    total = (len(config.prefill) + len(config.batch)) * (config.repeat + 1)
+    progress.start(f"measuring {runner.spec.name}", total, "runs")
+    first_token_ms = {}
+    for length in config.prefill:
+        times = [_time_prefill(runner, length, progress) for _ in range(config.repeat + 1)]
+        first_token_ms[length] = 1000 * statistics.median(times[1:])
+    speeds: dict[int, float] = {}
+    spread = 0.0
+    for batch in config.batch:
+        times = [_time_decode(runner, batch, config, progress) for _ in range(config.repeat + 1)]
+        middle = statistics.median(times[1:])
+        spread = spread if speeds else (max(times[1:]) - min(times[1:])) / middle
+        speeds[batch] = batch * config.decode / middle
+    progress.finish()
+    return Speed(
+        name=runner.spec.name,
+        first_token_ms=first_token_ms,
+        decode_tokens_per_s=speeds,
+        spread=spread,
+    )
+
+
+def _time_prefill(runner: Runner, length: int, progress: Progress) -> float:
+    tokens = prompt_tokens(length, runner.spec.vocab_size)[None]
+    state = runner.new_state(1)
+    start = time.perf_counter()
+    runner.prefill(tokens, None, state)
+    elapsed = time.perf_counter() - start
+    progress.advance()
+    return elapsed
+
+
+def _time_decode(runner: Runner, batch: int, config: BenchConfig, progress: Progress) -> float:
+    prompt = np.tile(prompt_tokens(config.context, runner.spec.vocab_size), (batch, 1))
+    state = runner.new_state(batch)
+    tokens = runner.prefill(prompt, None, state).argmax(axis=-1)
+    start = time.perf_counter()
+    for _ in range(config.decode):
+        tokens = runner.decode(tokens, state).argmax(axis=-1)
+    elapsed = time.perf_counter() - start
+    progress.advance()
+    return elapsed

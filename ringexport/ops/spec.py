@@ -1,0 +1,70 @@
+"""What an op contract consists of; every other description of an op is derived from it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+__all__ = ["DOMAIN", "Attributes", "OpSpec", "TensorArg"]
+
+DOMAIN = "ringexport"
+"""ONNX domain of the contract ops. TensorRT's parser dispatches on the op type alone, whatever the
+domain, so the op types themselves must not collide with its built-in importers."""
+
+Attributes = Mapping[str, int | float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorArg:
+    """One input or output: its name, dimensions by name and dtype.
+
+    Attributes:
+        name: as in the graph.
+        shape: named dimensions, such as ``"B T H*K"``; the letters are those of docs/ops.md.
+        dtype: ``float`` stands for the activation dtype of the graph (fp32, fp16 or bf16).
+        text: one phrase for the documentation.
+    """
+
+    name: str
+    shape: str
+    dtype: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpSpec:
+    """The contract of one op.
+
+    Attributes:
+        name: ONNX op type.
+        summary: what it computes, in one sentence.
+        inputs: in order.
+        outputs: in order.
+        attributes: name to meaning, in order.
+        function_body: renders the ONNX function, as ONNX text, for given attribute values. It uses
+            only ops that ONNX Runtime runs.
+    """
+
+    name: str
+    summary: str
+    inputs: tuple[TensorArg, ...]
+    outputs: tuple[TensorArg, ...]
+    attributes: Mapping[str, str]
+    function_body: Callable[[Attributes], str]
+
+    def function(self, name: str, attributes: Attributes) -> str:
+        """Return the ONNX text of a model-local function called `name` in `DOMAIN`.
+
+        The attribute values are written into the body, because a shape cannot be computed from
+        an attribute reference.
+        """
+        inputs = ", ".join(arg.name for arg in self.inputs)
+        outputs = ", ".join(arg.name for arg in self.outputs)
+        imports = f'"" : {OPSET}, "com.microsoft" : 1'
+        body = self.function_body(attributes)
+        return (
+            f'<opset_import: [{imports}], domain: "{DOMAIN}">\n'
+            f"{name} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
+        )
+
+
+OPSET = 23
+"""Version of the standard operator set: the first with RMSNormalization and RotaryEmbedding."""

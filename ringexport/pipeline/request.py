@@ -1,0 +1,167 @@
+"""What a user asks for, and how "auto" becomes a decision."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ringexport.errors import BackendUnavailableError, ConfigError
+
+if TYPE_CHECKING:
+    from ringexport.bundle import ResolvedBuild
+
+__all__ = [
+    "AUTO",
+    "DECAY_INDICES",
+    "RECIPES",
+    "RUNNABLE",
+    "TARGET_FORMS",
+    "BuildRequest",
+    "resolve",
+    "target_directory",
+]
+
+AUTO = "auto"
+DEFAULT_TARGET = "onnxruntime:cpu"
+
+DECAY_INDICES = ("serving", "hf", "clamped")
+"""Values of `ringexport.ops.decay.DecayIndex`, here because help must not import numpy."""
+
+RECIPES = {
+    "fp32": "no quantization, computed in fp32",
+    "bf16": "no quantization; CPU targets compute it in fp32",
+    "fp8": "FP8-E4M3 experts, dense MLP and linear-layer projections",
+    "fp8-static": "fp8 with static activations per tensor",
+    "fp8-block": "fp8 in blocks of 128 x 128",
+    "fp8-all": "fp8 with lm_head, softmax projections and KV cache",
+    "int8": "W8A8 with SmoothQuant",
+    "int8-weight-only": "8-bit weights, activations in fp32",
+}
+"""Every recipe of the design and what it means."""
+
+RUNNABLE = {DEFAULT_TARGET: {"fp32": "fp32", "bf16": "fp32"}}
+"""Target to recipe to compute dtype, for all that this version builds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TargetForm:
+    """A family of targets: how its names look and what it takes to build one."""
+
+    name: str
+    pattern: str
+    missing: str | None
+
+
+TARGET_FORMS = (
+    _TargetForm(name="onnxruntime:cpu", pattern=r"onnxruntime:cpu", missing=None),
+    _TargetForm(
+        name="onnxruntime:cuda",
+        pattern=r"onnxruntime:cuda",
+        missing="a graph lowered for the CUDA provider",
+    ),
+    _TargetForm(
+        name="cuda:sm_{80,86,89,90,100,120}",
+        pattern=r"cuda:sm_(80|86|89|90|100|120)",
+        missing="the kernels of plugins/ and their weight packing",
+    ),
+    _TargetForm(
+        name="tensorrt:sm_..",
+        pattern=r"tensorrt:sm_\d+",
+        missing="TensorRT >= 10.14 with the plugin library",
+    ),
+    _TargetForm(
+        name="tensorrt-rtx:sm_{80,86,89,120}",
+        pattern=r"tensorrt-rtx:sm_(80|86|89|120)",
+        missing="TensorRT-RTX with the plugin library",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """A build as asked for; "auto" is allowed.
+
+    Attributes:
+        checkpoint: directory with config.json and weights.
+        output: where the bundle is to be.
+        recipe: one of `RECIPES`, or "auto".
+        targets: names of targets, or "auto".
+        decay_index: which form of the decay; see `DECAY_INDICES`.
+    """
+
+    checkpoint: Path
+    output: Path
+    recipe: str = AUTO
+    targets: tuple[str, ...] = (AUTO,)
+    decay_index: str = "serving"
+
+
+def resolve(request: BuildRequest) -> "ResolvedBuild":
+    """Turn a request into decisions.
+
+    Raises:
+        ConfigError: an unknown name, or a recipe that a target does not run.
+        BackendUnavailableError: a target of the design that this version does not build.
+    """
+    from ringexport.bundle import ResolvedBuild  # noqa: PLC0415 (help imports this module)
+
+    if request.decay_index not in DECAY_INDICES:
+        raise _unknown("decay index", request.decay_index, DECAY_INDICES)
+    names = {DEFAULT_TARGET if name == AUTO else name for name in request.targets}
+    if not names:
+        raise ConfigError("no target was asked for", hint=f"choices: {_target_names()}")
+    targets = tuple(sorted(names))
+    for target in targets:
+        _check_target(target)
+    recipe = "fp32" if request.recipe == AUTO else request.recipe
+    dtypes = {_compute_dtype(recipe, target) for target in targets}
+    return ResolvedBuild(
+        recipe=recipe,
+        compute_dtype="+".join(sorted(dtypes)),
+        decay_index=request.decay_index,
+        targets=targets,
+    )
+
+
+def target_directory(target: str) -> str:
+    """Return the directory of a target inside a bundle."""
+    return "targets/" + target.replace(":", "-")
+
+
+def _check_target(target: str) -> None:
+    form = next((form for form in TARGET_FORMS if re.fullmatch(form.pattern, target)), None)
+    if form is None:
+        raise _unknown("target", target, tuple(form.name for form in TARGET_FORMS))
+    if form.missing is not None:
+        raise BackendUnavailableError(
+            f"this version cannot build for {target}: it lacks {form.missing}",
+            hint=f"targets that it builds: {', '.join(RUNNABLE)}",
+        )
+
+
+def _compute_dtype(recipe: str, target: str) -> str:
+    if recipe.endswith(".toml"):
+        raise ConfigError(
+            f"this version does not read recipe files such as {recipe}",
+            hint=f"recipes that {target} runs: {', '.join(RUNNABLE[target])}",
+        )
+    if recipe not in RECIPES:
+        raise _unknown("recipe", recipe, tuple(RECIPES))
+    dtype = RUNNABLE[target].get(recipe)
+    if dtype is None:
+        raise ConfigError(
+            f"the target {target} does not run the recipe {recipe} ({RECIPES[recipe]})",
+            hint=f"recipes that it runs: {', '.join(RUNNABLE[target])}",
+        )
+    return dtype
+
+
+def _unknown(what: str, name: str, choices: tuple[str, ...]) -> ConfigError:
+    near = difflib.get_close_matches(name, choices, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    return ConfigError(f"unknown {what} {name!r}", hint=f"{guess}choices: {', '.join(choices)}")
+
+
+def _target_names() -> str:
+    return ", ".join(form.name for form in TARGET_FORMS)

@@ -1,0 +1,1 @@
+"""Quantization: schemes, recipes, pure per-module transforms, and the quantized checkpoint."""

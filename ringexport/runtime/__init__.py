@@ -1,0 +1,1 @@
+"""Run engine bundles: the runner protocol and its backends, decode states, sessions, sampling."""

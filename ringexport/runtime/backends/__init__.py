@@ -1,0 +1,1 @@
+"""The backends, one file each; `ringexport.runtime.registry` imports the one asked for."""

@@ -1,0 +1,222 @@
+"""The torch reference as a runner: the golden implementation behind the common protocol."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ringexport.checkpoint import CheckpointWeights, RingConfig
+from ringexport.errors import BackendUnavailableError
+from ringexport.ops.decay import DecayIndex
+from ringexport.runtime.runner import DEFAULT_PREFILL_CHUNK, BaseRunner, Logits, RunnerSpec, Tokens
+from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot, zero_unused
+
+try:
+    import torch
+
+    from ringexport.model.network import ReferenceModel
+    from ringexport.model.state import ReferenceState
+except ImportError as error:  # pragma: no cover - the tests' environment has it
+    raise BackendUnavailableError(
+        f"the torch backend needs the package torch: {error}",
+        hint="pip install 'ringexport[torch]'",
+    ) from error
+
+__all__ = ["TorchRunner", "TorchState"]
+
+Array = npt.NDArray[Any]
+
+
+class TorchState(BaseState):
+    """A `ReferenceState` of the reference model.
+
+    Attributes:
+        inner: the model's own state; its position always equals `position`.
+    """
+
+    def __init__(self, owner: "TorchRunner", inner: ReferenceState) -> None:
+        spec = owner.spec
+        super().__init__(owner, spec.layout, inner.batch, context_length=spec.context_length)
+        self._owner = owner
+        self.inner = inner
+        self.follow()
+
+    def follow(self) -> None:
+        """Take over the position of the model's state after a step."""
+        self.position[:] = self.inner.position.numpy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, including room for tokens to come."""
+        return self.inner.nbytes
+
+    @property
+    def model_digest(self) -> str:
+        """See `BaseState.model_digest`."""
+        return self._owner.model_digest
+
+    def snapshot(self) -> StateSnapshot:
+        """Copy the content to numpy arrays; bf16 caches become fp32, which loses nothing."""
+        used = int(self.position.max())
+        tensors: dict[str, Array] = {
+            f"recurrent_state.{layer}": _array(tensor)
+            for layer, tensor in self.inner.recurrent_state.items()
+        }
+        for layer, pair in self.inner.kv_cache.items():
+            for part, tensor in zip(("key", "value"), pair, strict=True):
+                copied = _array(tensor[:, :, :used])
+                tensors[f"kv_cache.{layer}.{part}"] = zero_unused(copied, self.position)
+        return StateSnapshot(position=self.position.copy(), tensors=tensors)
+
+    def _restore(self, snapshot: StateSnapshot) -> None:
+        inner = self.inner
+        inner.position = torch.from_numpy(snapshot.position.copy())
+        for layer, old in inner.recurrent_state.items():
+            inner.recurrent_state[layer] = _tensor(
+                snapshot.tensors[f"recurrent_state.{layer}"], old
+            )
+        for layer, (key, value) in inner.kv_cache.items():
+            inner.kv_cache[layer] = (
+                _tensor(snapshot.tensors[f"kv_cache.{layer}.key"], key),
+                _tensor(snapshot.tensors[f"kv_cache.{layer}.value"], value),
+            )
+
+    def _fork(self, rows: list[int]) -> "TorchState":
+        return TorchState(self._owner, self.inner.snapshot(rows))
+
+
+class TorchRunner(BaseRunner[TorchState]):
+    """Runs the reference model.
+
+    Args:
+        checkpoint: directory of the checkpoint.
+        model_digest: see `BaseRunner`.
+        decay_index: which form of the decay.
+        dtype: "float32", "bfloat16" or "float64", of matrices and KV cache.
+        device: a torch device, such as "cpu" or "cuda".
+        threads: threads per operation on the CPU, None for torch's own choice.
+        prefill_chunk: tokens per row and call.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint cannot be used.
+        BackendUnavailableError: torch cannot use the device.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        model_digest: Callable[[], str],
+        decay_index: DecayIndex = DecayIndex.SERVING,
+        dtype: str = "float32",
+        device: str = "cpu",
+        threads: int | None = None,
+        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    ) -> None:
+        self._threads = threads
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise BackendUnavailableError(
+                f"the torch backend cannot use {device}: torch sees no CUDA device",
+                hint="install a CUDA build of torch, or use the CPU",
+            )
+        with CheckpointWeights.open(checkpoint) as weights:
+            config = weights.config
+            self._model = ReferenceModel(
+                config,
+                weights,
+                decay_index=decay_index,
+                dtype=getattr(torch, dtype),
+                device=device,
+            )
+        spec = RunnerSpec(
+            name="torch",
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            layout=_layout(config),
+            prefill_chunk=prefill_chunk,
+        )
+        super().__init__(spec, model_digest)
+
+    def probe(
+        self, tokens: npt.ArrayLike, lengths: npt.ArrayLike | None, state: TorchState
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """Feed tokens like `prefill` and return what the layers computed; see `ProbeRunner`.
+
+        Raises:
+            ShapeError, ContextLengthError: as for `prefill`.
+        """
+        ids, sizes = self._check_tokens(tokens, lengths, self._check_state(state))
+        taps: dict[str, torch.Tensor] = {}
+        logits = self._forward(ids, sizes, state, every_position=True, taps=taps)
+        return {name: _array(tensor) for name, tensor in taps.items()} | {"logits": logits}
+
+    def _new_state(self, batch: int) -> TorchState:
+        return TorchState(self, self._model.new_state(batch))
+
+    def _prefill_chunk(
+        self, tokens: Tokens, lengths: Tokens, state: TorchState, every_position: bool
+    ) -> Logits:
+        return self._forward(tokens, lengths, state, every_position=every_position)
+
+    def _decode(self, tokens: Tokens, state: TorchState) -> Logits:
+        return self._forward(tokens[:, None], None, state)
+
+    def _forward(
+        self,
+        tokens: Tokens,
+        lengths: Tokens | None,
+        state: TorchState,
+        *,
+        every_position: bool = False,
+        taps: dict[str, torch.Tensor] | None = None,
+    ) -> Logits:
+        with _threads(self._threads):
+            logits = self._model.forward(
+                torch.from_numpy(np.ascontiguousarray(tokens)),
+                None if lengths is None else torch.from_numpy(lengths),
+                state.inner,
+                every_position=every_position,
+                taps=taps,
+            )
+        state.follow()
+        return _array(logits).astype(np.float32, copy=False)
+
+    def _close(self) -> None:
+        del self._model
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Use `count` threads inside; torch has only one setting for the whole process."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _layout(config: RingConfig) -> StateLayout:
+    heads, size = config.num_attention_heads, config.head_dim
+    return StateLayout(
+        recurrent=dict.fromkeys(config.linear_layers, (heads, size, size)),
+        kv_cache=dict.fromkeys(config.softmax_layers, (config.num_key_value_heads, size)),
+    )
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    """Copy a tensor of any device to numpy, which has no bf16."""
+    host = tensor.detach().cpu()
+    host = host.float() if host.dtype == torch.bfloat16 else host
+    return np.array(host.numpy(), order="C")
+
+
+def _tensor(array: Array, like: torch.Tensor) -> torch.Tensor:
+    """Copy an array to the device and dtype of `like`."""
+    return torch.from_numpy(array.copy()).to(like.device, like.dtype)

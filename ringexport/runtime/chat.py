@@ -1,0 +1,158 @@
+"""The checkpoint's own chat template, rendered in a sandbox."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+
+from ringexport.errors import CheckpointError, ConfigError
+from ringexport.runtime.chat_sandbox import ChatEnvironment
+
+__all__ = ["ChatTemplate", "Message"]
+
+Message = Mapping[str, Any]
+"""{"role": "user", "content": "..."}, with further keys as the template knows them."""
+
+MAX_SOURCE = 500_000
+HINT = "do not trust this checkpoint, or give the prompt as plain text without the chat template"
+RENDER_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a template can make Jinja raise besides TemplateError; RecursionError is a RuntimeError."""
+
+
+def _local_time() -> datetime:
+    return datetime.now().astimezone()
+
+
+class ChatTemplate:
+    """Turns messages into the text that the model was trained on.
+
+    Args:
+        source: Jinja.
+        where: what to call the template in messages.
+        variables: what the template may read besides the messages, such as "eos_token".
+        now: the time for the template's strftime_now.
+
+    Raises:
+        CheckpointError: the source is no Jinja template, or uses what is not allowed.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        where: str = "the chat template",
+        variables: Mapping[str, object] | None = None,
+        now: Callable[[], datetime] = _local_time,
+    ) -> None:
+        if len(source) > MAX_SOURCE:
+            raise CheckpointError(f"{where} has {len(source)} characters, above {MAX_SOURCE}")
+        self.source = source
+        self._where = where
+        self._variables = dict(variables or {})
+        self._environment = ChatEnvironment(now)
+        self._template: Template | None = None
+        try:
+            self._template = self._environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"{where} is no valid Jinja: line {error.lineno}: {error.message}", hint=HINT
+            ) from error
+        except (TemplateError, SyntaxError, *RENDER_ERRORS) as error:
+            raise self._refused(error) from error
+
+    @classmethod
+    def find(cls, directory: Path, config: Mapping[str, Any]) -> "ChatTemplate | None":
+        """Return the template of a checkpoint, None if it has none.
+
+        Args:
+            directory: chat_template.jinja in it comes before the config's template.
+            config: tokenizer_config.json.
+
+        Raises:
+            CheckpointError: the template cannot be read or used.
+        """
+        path = directory / "chat_template.jinja"
+        where, source = str(directory / "tokenizer_config.json"), config.get("chat_template")
+        if path.exists():
+            where, source = str(path), _read_text(path)
+        if isinstance(source, list):
+            named = {item.get("name"): item for item in source if isinstance(item, dict)}
+            source = named.get("default", {}).get("template")
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise CheckpointError(f"chat_template in {where} is no text")
+        names = [key for key in config if re.fullmatch(r"\w+_token", key)]
+        variables = {key: _token_text(config[key]) for key in names}
+        return cls(source, where=f"the chat template in {where}", variables=variables)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        thinking: bool = True,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Return the prompt text.
+
+        Args:
+            messages: at least one.
+            thinking: given to the template as enable_thinking and thinking_option.
+            add_generation_prompt: end with the start of the assistant's turn.
+            tools: descriptions of functions that the model may call.
+
+        Raises:
+            ConfigError: no messages, or one without a role.
+            CheckpointError: the template refuses the messages, fails, loops, or does what is
+                not allowed.
+        """
+        if not messages:
+            raise ConfigError("a chat needs at least one message")
+        for index, message in enumerate(messages):
+            if not isinstance(message.get("role"), str):
+                raise ConfigError(
+                    f"message {index} has no role", hint='use {"role": "user", "content": "..."}'
+                )
+        assert self._template is not None
+        self._environment.budget.reset()
+        values = self._variables | {
+            "messages": [dict(message) for message in messages],
+            "tools": None if tools is None else [dict(tool) for tool in tools],
+            "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": thinking,
+            "thinking_option": "on" if thinking else "off",
+        }
+        try:
+            return self._template.render(values)
+        except (TemplateError, MemoryError, *RENDER_ERRORS) as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: BaseException) -> CheckpointError:
+        kind = "is refused" if isinstance(error, SecurityError) else "cannot be used"
+        reason = str(error).strip() or type(error).__name__
+        return CheckpointError(f"{self._where} {kind}: {reason[:400]}", hint=HINT)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _token_text(value: object) -> object:
+    """Return the text of a special token, which may be an object with its text as content."""
+    return value.get("content") if isinstance(value, dict) else value

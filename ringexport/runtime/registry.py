@@ -1,0 +1,260 @@
+"""Backends by name, imported when asked for: a missing package counts only for its backend."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ringexport.bundle import EngineBundle, FileEntry
+from ringexport.errors import BackendUnavailableError, CheckpointError, DigestError
+from ringexport.ops.decay import DecayIndex
+from ringexport.runtime.runner import DEFAULT_PREFILL_CHUNK, Runner
+
+__all__ = [
+    "BackendInfo",
+    "RunnerOptions",
+    "available_backends",
+    "open_bundle_runner",
+    "open_checkpoint_runner",
+]
+
+UNQUANTIZED = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendInfo:
+    """A backend and whether it can run here.
+
+    Attributes:
+        name: as --backend takes it.
+        missing: why it cannot run here, None if it can.
+        hint: what to do about it.
+    """
+
+    name: str
+    missing: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOptions:
+    """How a runner is opened.
+
+    Attributes:
+        threads: threads per operation of CPU backends, None for the backend's choice.
+        spin: let idle threads of onnxruntime wait busily.
+        prefill_chunk: tokens per row that are computed at once.
+        checkpoint: where the torch backend finds a bundle's checkpoint, if it has moved.
+        decay_index: form of the decay for a checkpoint; a bundle knows its own.
+        device: of the torch backend.
+        dtype: of the torch backend.
+    """
+
+    threads: int | None = None
+    spin: bool = True
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    checkpoint: Path | None = None
+    decay_index: DecayIndex = DecayIndex.SERVING
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+def available_backends() -> tuple[BackendInfo, ...]:
+    """Return all backends, the preferred first, without importing their packages."""
+    ort = _package("onnxruntime:cpu", "onnxruntime", "ort")
+    cuda = BackendInfo(
+        name="onnxruntime:cuda",
+        missing="the state is kept in host memory",
+        hint="use onnxruntime:cpu",
+    )
+    return (ort, cuda, _package("torch", "torch", "torch"))
+
+
+def _package(name: str, package: str, extra: str) -> BackendInfo:
+    if importlib.util.find_spec(package) is not None:
+        return BackendInfo(name=name)
+    return BackendInfo(
+        name=name,
+        missing=f"the package {package} is not installed",
+        hint=f"pip install 'ringexport[{extra}]'",
+    )
+
+
+def open_bundle_runner(
+    bundle: EngineBundle, backend: str = "auto", options: RunnerOptions | None = None
+) -> Runner:
+    """Load a bundle's model.
+
+    Args:
+        bundle: an opened bundle.
+        backend: name of a backend, or "auto" for the first target of the bundle that can run here.
+        options: how to run it.
+
+    Raises:
+        BackendUnavailableError: unknown backend, one that cannot run here, or no such target.
+        BundleError, CheckpointError, ConfigError: files that cannot be used.
+    """
+    options = options or RunnerOptions()
+    if backend == "torch":
+        _require(_known_backend(backend))
+        return _torch_from_bundle(bundle, options)
+    name = _choose_target(bundle, backend)
+    target = bundle.targets[name]
+    from ringexport.runtime.backends.ort import OrtOptions, OrtRunner  # noqa: PLC0415 - on demand
+
+    return OrtRunner(
+        bundle.directory / target.directory,
+        context_length=target.limits.get("context_length", bundle.manifest.model.context_length),
+        model_digest=partial(_bundle_digest, bundle),
+        options=OrtOptions(
+            provider=name.partition(":")[2],
+            threads=options.threads,
+            spin=options.spin,
+            prefill_chunk=options.prefill_chunk,
+        ),
+    )
+
+
+def open_checkpoint_runner(
+    checkpoint: Path, backend: str = "auto", options: RunnerOptions | None = None
+) -> Runner:
+    """Load a checkpoint with the torch reference.
+
+    Args:
+        checkpoint: its directory.
+        backend: "auto" or "torch".
+        options: how to run it.
+
+    Raises:
+        BackendUnavailableError: a backend that needs a bundle, or torch is missing.
+        CheckpointError, ConfigError: the checkpoint cannot be used.
+    """
+    options = options or RunnerOptions()
+    info = _known_backend("torch" if backend == "auto" else backend)
+    if info.name != "torch":
+        raise BackendUnavailableError(
+            f"the backend {backend} cannot run a checkpoint, only a bundle",
+            hint=f"build one: ringexport build {checkpoint} -o BUNDLE",
+        )
+    _require(info)
+    return _torch_runner(
+        checkpoint, options, options.decay_index, partial(_checkpoint_digest, checkpoint, options)
+    )
+
+
+def _torch_runner(
+    checkpoint: Path,
+    options: RunnerOptions,
+    decay_index: DecayIndex,
+    model_digest: Callable[[], str],
+) -> Runner:
+    from ringexport.runtime.backends.torch_ref import TorchRunner  # noqa: PLC0415 - on demand
+
+    return TorchRunner(
+        checkpoint,
+        model_digest=model_digest,
+        decay_index=decay_index,
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
+        prefill_chunk=options.prefill_chunk,
+    )
+
+
+def _torch_from_bundle(bundle: EngineBundle, options: RunnerOptions) -> Runner:
+    """Load the checkpoint that a bundle was built from, after comparing its digests."""
+    checkpoint = options.checkpoint or bundle.source_path
+    hint = "give the checkpoint that the bundle was built from with --checkpoint"
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"the bundle's checkpoint is not at {checkpoint}, the torch backend needs it", hint=hint
+        )
+    for entry in bundle.manifest.source.files:
+        if _sha256(checkpoint / entry.path) != entry.sha256:
+            raise DigestError(
+                f"{checkpoint / entry.path} is not the file that the bundle was built from",
+                hint=hint,
+            )
+    decay_index = DecayIndex(bundle.manifest.decay.form)
+    return _torch_runner(checkpoint, options, decay_index, partial(_bundle_digest, bundle))
+
+
+def _known_backend(name: str) -> BackendInfo:
+    backends = {info.name: info for info in available_backends()}
+    if name not in backends:
+        raise BackendUnavailableError(
+            f"there is no backend {name!r}", hint=f"choose auto, {', '.join(backends)}"
+        )
+    return backends[name]
+
+
+def _require(info: BackendInfo) -> None:
+    if info.missing is not None:
+        raise BackendUnavailableError(
+            f"the backend {info.name} cannot run here: {info.missing}", hint=info.hint
+        )
+
+
+def _choose_target(bundle: EngineBundle, backend: str) -> str:
+    """Return the target to run; backends other than torch are named like targets."""
+    if backend != "auto":
+        info = _known_backend(backend)
+        if backend not in bundle.targets:
+            raise BackendUnavailableError(
+                f"the bundle {bundle.directory} has no target {backend},"
+                f" it has {', '.join(bundle.targets)}",
+                hint=f"build it with: ringexport build CHECKPOINT -o BUNDLE --target {backend}",
+            )
+        _require(info)
+        return backend
+    for info in available_backends():
+        if info.name in bundle.targets and info.missing is None:
+            return info.name
+    known = {info.name: info.missing for info in available_backends()}
+    reasons = [
+        f"{name}: {known.get(name, 'this version has no backend for it')}"
+        for name in bundle.targets
+    ]
+    raise BackendUnavailableError(
+        f"no target of {bundle.directory} can run here ({'; '.join(reasons) or 'it has none'})",
+        hint="ringexport doctor tells what is missing",
+    )
+
+
+def _bundle_digest(bundle: EngineBundle) -> str:
+    manifest = bundle.manifest
+    return _model_digest(manifest.source.files, manifest.decay.form, manifest.build.recipe)
+
+
+def _checkpoint_digest(checkpoint: Path, options: RunnerOptions) -> str:
+    paths = sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"])
+    entries = [
+        FileEntry(path=path.name, size=path.stat().st_size, sha256=_sha256(path)) for path in paths
+    ]
+    return _model_digest(entries, options.decay_index, UNQUANTIZED[0])
+
+
+def _model_digest(files: Iterable[FileEntry], decay: str, recipe: str) -> str:
+    """Name weights, config, decay and quantization: states fit models of equal digest."""
+    used = [
+        [entry.path, entry.size, entry.sha256]
+        for entry in files
+        if entry.path.endswith(".safetensors") or entry.path == "config.json"
+    ]
+    identity = {
+        "files": sorted(used),
+        "decay": str(decay),
+        "recipe": None if recipe in UNQUANTIZED else recipe,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

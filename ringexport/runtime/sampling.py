@@ -1,0 +1,197 @@
+"""Choosing the next token from logits: parameters, and a sampler with its own seeded generator.
+
+The order is fixed: repetition penalty, temperature, top-k, top-p, min-p. Each filter works on
+what the one before it left. Probabilities are float64, and each token takes one uniform number
+from the row's own generator, so a row's text does not depend on the other rows of a batch.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ringexport.errors import ConfigError, RingExportError
+
+__all__ = ["Sampler", "SamplingParams", "TokenLogprobs", "token_logprobs"]
+
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How text is continued.
+
+    Attributes:
+        max_new_tokens: tokens at most; 0 only reads the prompt.
+        temperature: divides the logits; 0 takes the most likely token, the lowest id on a tie.
+        top_k: keep the k most likely tokens, the lower ids on ties; 0 keeps all.
+        top_p: keep the fewest most likely tokens whose probabilities reach this sum; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the most likely; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that are
+            in the prompt or the text; 1 does nothing.
+        seed: the same seed gives the same text; None draws a new one for each call.
+        stop: texts that end the generation; they are not part of the text.
+        ignore_eos: go on after a stop token.
+        skip_special_tokens: leave special tokens out of the text.
+        logprobs: how many likely alternatives to report for each token; None reports nothing.
+
+    Raises:
+        ConfigError: a value out of range; the message names it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 0, "at least 0")
+        _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps all)")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, penalty > 0, "above 0")
+        _check("seed", self.seed, self.seed is None or self.seed >= 0, "at least 0")
+        if isinstance(self.stop, str) or not all(
+            isinstance(text, str) and text for text in self.stop
+        ):
+            raise ConfigError(f"stop is {self.stop!r}, expected a list of texts that are not empty")
+        wanted = self.logprobs
+        fits = wanted is None or 0 <= wanted <= MAX_LOGPROBS
+        _check("logprobs", wanted, fits, f"0 to {MAX_LOGPROBS}")
+
+
+def _check(name: str, value: float | None, fits: bool, expected: str) -> None:
+    """Refuse a value that does not fit or is not finite."""
+    if not fits or (value is not None and not math.isfinite(value)):
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logs of probabilities of the raw logits, before penalty, temperature and filters.
+
+    Attributes:
+        token_id: the chosen token.
+        logprob: its log probability.
+        top: the most likely tokens and their log probabilities, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """Chooses the tokens of one row.
+
+    Args:
+        params: how to choose.
+        vocab_size: width of the logits.
+        prompt: ids that count as seen for the repetition penalty.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, prompt: Iterable[int] = ()) -> None:
+        self._params = params
+        self._rng = np.random.Generator(np.random.PCG64(params.seed))
+        self._seen: npt.NDArray[np.bool_] | None = None
+        if params.repetition_penalty != 1:
+            self._seen = np.zeros(vocab_size, dtype=np.bool_)
+            self._seen[np.fromiter(prompt, dtype=np.int64)] = True
+
+    def sample(self, logits: npt.NDArray[np.float32]) -> int:
+        """Return the next token's id.
+
+        Args:
+            logits: [vocab]; not modified. -inf forbids a token.
+
+        Raises:
+            RingExportError: the logits hold NaN, +inf, or nothing finite.
+        """
+        if not math.isfinite(float(logits.max())):
+            raise RingExportError(
+                f"the largest logit is {logits.max()}, expected a finite number",
+                hint="the weights or the state are damaged; compare the bundle with the reference",
+            )
+        values = self._penalized(logits)
+        greedy = self._params.temperature == 0
+        token = int(values.argmax()) if greedy else self._draw(values)
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+    def _penalized(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.floating]:
+        if self._seen is None:
+            return logits
+        values = logits.astype(np.float64)
+        seen = values[self._seen]
+        penalty = self._params.repetition_penalty
+        values[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        return values
+
+    def _draw(self, values: npt.NDArray[np.floating]) -> int:
+        params = self._params
+        ids = np.arange(len(values)) if params.top_k == 0 else _top_ids(values, params.top_k)
+        probabilities = _softmax(values[ids].astype(np.float64), params.temperature)
+        if params.top_p < 1:
+            order = np.argsort(-probabilities, kind="stable")
+            before = np.cumsum(probabilities[order]) - probabilities[order]
+            kept = np.sort(order[before < params.top_p])
+            ids, probabilities = ids[kept], probabilities[kept]
+        if params.min_p > 0:
+            likely = probabilities >= params.min_p * probabilities.max()
+            ids, probabilities = ids[likely], probabilities[likely]
+        edges = np.cumsum(probabilities)
+        drawn = np.searchsorted(edges, self._rng.random() * edges[-1], side="right")
+        # The last edge can round below the drawn number, and tokens of probability 0 share edges.
+        last = int(np.flatnonzero(probabilities)[-1])
+        return int(ids[min(int(drawn), last)])
+
+
+def _top_ids(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:
+    """Return the ids of the `count` largest values, ascending; the lower ids win ties."""
+    if count >= len(values):
+        return np.arange(len(values))
+    bound = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > bound)
+    tied = np.flatnonzero(values == bound)[: count - len(above)]
+    return np.sort(np.concatenate([above, tied]))
+
+
+def _softmax(values: npt.NDArray[np.float64], temperature: float) -> npt.NDArray[np.float64]:
+    """Return probabilities at a temperature above 0, however small."""
+    with np.errstate(over="ignore", under="ignore"):  # -> 0, which is what is meant
+        powers = np.exp((values - values.max()) / temperature)
+    probabilities: npt.NDArray[np.float64] = powers / powers.sum()
+    return probabilities
+
+
+def token_logprobs(logits: npt.NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
+    """Return the log probability of `token` and the `count` most likely tokens.
+
+    Args:
+        logits: [vocab], raw.
+        token: the chosen id.
+        count: number of alternatives; the lower ids come first on ties.
+    """
+    values = logits.astype(np.float64)
+    values -= values.max()
+    with np.errstate(under="ignore"):
+        values -= math.log(np.exp(values).sum())
+    ids = _top_ids(values, count) if count else np.empty(0, dtype=np.int64)
+    best = ids[np.argsort(-values[ids], kind="stable")]
+    return TokenLogprobs(
+        token_id=token,
+        logprob=float(values[token]),
+        top=tuple((int(index), float(values[index])) for index in best),
+    )

@@ -1,0 +1,279 @@
+"""The tokenizer of a model folder: text to ids, ids to text piece by piece, and the stop ids."""
+
+import codecs
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ringexport.errors import CheckpointError, ConfigError
+from ringexport.runtime.chat import ChatTemplate
+
+__all__ = ["ModelTokenizer", "TextDecoder"]
+
+Json = Any  # what json.loads returns; every use narrows it
+TOKENIZER_HINT = "copy tokenizer.json and its config files from the original checkpoint again"
+
+
+class ModelTokenizer:
+    """A byte-level BPE tokenizer with the special ids and the chat template of its checkpoint.
+
+    Attributes:
+        stop_ids: ids that end a text: of config.json, generation_config.json and the
+            tokenizer's own end token (the published config.json names only one of two).
+        special_ids: ids that are no text.
+        chat_template: None if the checkpoint has none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        special_ids: frozenset[int],
+        stop_ids: frozenset[int],
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+        self._bytes: dict[int, bytes] = {}
+        self.special_ids = special_ids
+        self.stop_ids = stop_ids
+        self.chat_template = chat_template
+
+    @classmethod
+    def open(cls, directory: Path, *, vocab_size: int) -> "ModelTokenizer":
+        """Read tokenizer.json and the config files beside it.
+
+        Args:
+            directory: of a checkpoint, or model/ of a bundle.
+            vocab_size: rows of the model's embedding; it may be larger than the vocabulary.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, the tokenizer is not byte-level BPE,
+                or vocabulary and special ids disagree with the model.
+        """
+        path = directory / "tokenizer.json"
+        data = read_json(path)
+        if not _is_byte_level(data.get("decoder")):
+            raise CheckpointError(
+                f"{path} does not describe a byte-level tokenizer: its decoder is"
+                f" {str(data.get('decoder'))[:80]}",
+                hint="models of this family use byte-level BPE; other tokenizers are not supported",
+            )
+        with _TokenizersErrors(path):
+            tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        _check_vocabulary(tokenizer, path, vocab_size)
+        config = _read_optional(directory / "tokenizer_config.json")
+        model_config = _read_optional(directory / "config.json")
+        generation = _read_optional(directory / "generation_config.json")
+        names = _special_names(tokenizer, directory / "tokenizer_config.json", config)
+        added = tokenizer.get_added_tokens_decoder()
+        stop_ids = _token_ids(directory / "config.json", model_config, "eos_token_id")
+        stop_ids += _token_ids(directory / "generation_config.json", generation, "eos_token_id")
+        stop_ids += [names["eos_token"]] if "eos_token" in names else []
+        _check_special(tokenizer, directory, stop_ids, added, vocab_size)
+        pad = _token_ids(directory / "config.json", model_config, "pad_token_id")
+        if pad and "pad_token" in names and names["pad_token"] != pad[0]:
+            raise CheckpointError(
+                f"{directory / 'config.json'} has pad_token_id {pad[0]}, tokenizer_config.json's"
+                f" {config['pad_token']!r} is {names['pad_token']}",
+                hint=TOKENIZER_HINT,
+            )
+        return cls(
+            tokenizer,
+            special_ids=frozenset(index for index, token in added.items() if token.special),
+            stop_ids=frozenset(stop_ids),
+            chat_template=ChatTemplate.find(directory, config),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`; the texts of special tokens become special tokens.
+
+        Raises:
+            ConfigError: the text holds half a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"the text is not valid Unicode: lone surrogate at character {error.start}",
+                hint="check the encoding of the prompt; it must be UTF-8",
+            ) from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        decoder = self.decoder(skip_special_tokens=skip_special_tokens)
+        return "".join([decoder.feed(token) for token in ids]) + decoder.flush()
+
+    def decoder(self, *, skip_special_tokens: bool = True) -> "TextDecoder":
+        """Return a decoder that takes one id at a time."""
+        return TextDecoder(self, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that an id stands for; none for ids without a token."""
+        found = self._bytes.get(token)
+        if found is None:
+            text = self._tokenizer.id_to_token(token) or ""
+            mapped = [self._byte_of.get(symbol) for symbol in text]
+            known = [byte for byte in mapped if byte is not None]
+            # An added token is plain text; it need not consist of byte symbols.
+            found = bytes(known) if len(known) == len(mapped) else text.encode()
+            self._bytes[token] = found
+        return found
+
+
+class TextDecoder:
+    """Turns ids into text, one at a time, without ever splitting a character.
+
+    Each id costs time in proportion to its own bytes, however long the text is.
+    """
+
+    def __init__(self, tokenizer: ModelTokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """Return the characters that `token` completes, possibly none."""
+        if token in self._skipped:
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """Return what is left at the end: U+FFFD for the start of a character, or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class _TokenizersErrors:
+    """Turns what the tokenizers library raises, plain `Exception`, into a CheckpointError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is Exception:
+            raise CheckpointError(
+                f"{self._path} is no usable tokenizer: {str(error)[:300]}", hint=TOKENIZER_HINT
+            ) from error
+
+
+def byte_symbols() -> list[str]:
+    """Return the printable symbol of each byte 0..255 that byte-level vocabularies use.
+
+    Source: the GPT-2 encoder; `tokenizers` ByteLevel has the same table.
+    """
+    kept = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = (chr(256 + offset) for offset in range(256 - len(kept)))
+    return [chr(byte) if byte in kept else next(moved) for byte in range(256)]
+
+
+def read_json(path: Path) -> dict[str, Json]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}", hint=TOKENIZER_HINT
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}", hint=TOKENIZER_HINT) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object", hint=TOKENIZER_HINT)
+    return data
+
+
+def _read_optional(path: Path) -> dict[str, Json]:
+    return read_json(path) if path.exists() else {}
+
+
+def _is_byte_level(decoder: Json) -> bool:
+    """Tell whether a decoder of tokenizer.json is ByteLevel, alone or as the only one in a list."""
+    if not isinstance(decoder, dict):
+        return False
+    if decoder.get("type") == "Sequence":
+        parts = decoder.get("decoders")
+        return isinstance(parts, list) and len(parts) == 1 and _is_byte_level(parts[0])
+    return decoder.get("type") == "ByteLevel"
+
+
+def _check_vocabulary(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise CheckpointError(f"{path} has an empty vocabulary", hint=TOKENIZER_HINT)
+    token, largest = max(vocabulary.items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{path} gives {token!r} the id {largest}, the model has only {vocab_size} ids",
+            hint=TOKENIZER_HINT,
+        )
+
+
+def _special_names(tokenizer: Tokenizer, path: Path, config: Mapping[str, Json]) -> dict[str, int]:
+    """Return the ids of the special tokens that tokenizer_config.json names."""
+    names = {}
+    for key in ("bos_token", "eos_token", "pad_token"):
+        value = config.get(key)
+        token = value.get("content") if isinstance(value, dict) else value
+        if token is None:
+            continue
+        index = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if index is None:
+            raise CheckpointError(
+                f"{path} names {token!r} as its {key}, which is not in the vocabulary",
+                hint=TOKENIZER_HINT,
+            )
+        names[key] = index
+    return names
+
+
+def _token_ids(path: Path, config: Mapping[str, Json], key: str) -> list[int]:
+    """Return a key that holds an id, a list of ids, or nothing."""
+    value = config.get(key)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for item in values:
+        if type(item) is not int:
+            raise CheckpointError(f"{path} has the {key} {item!r}, expected an id")
+    return values
+
+
+def _check_special(
+    tokenizer: Tokenizer,
+    directory: Path,
+    stop_ids: Iterable[int],
+    added: Mapping[int, Any],
+    vocab_size: int,
+) -> None:
+    """Check that each stop id is a token of its own in the tokenizer."""
+    for index in stop_ids:
+        if not 0 <= index < vocab_size:
+            raise CheckpointError(
+                f"the eos_token_id {index} in {directory} is out of range: the model has"
+                f" {vocab_size} ids",
+                hint=TOKENIZER_HINT,
+            )
+        if index not in added:
+            token = tokenizer.id_to_token(index)
+            what = "no token" if token is None else f"the ordinary token {token!r}"
+            raise CheckpointError(
+                f"the eos_token_id {index} in {directory} is {what} in tokenizer.json",
+                hint=TOKENIZER_HINT,
+            )

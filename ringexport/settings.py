@@ -1,0 +1,59 @@
+"""The only reader of environment variables; everything below the command line takes arguments."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ringexport.errors import ConfigError
+
+__all__ = ["Settings", "load_settings"]
+
+VARIABLES = {
+    "RINGEXPORT_THREADS": "threads per operation of CPU backends; default: all physical cores",
+    "RINGEXPORT_BACKEND": "backend of `run`, `eval` and `bench` where --backend is not given",
+    "NO_COLOR": "any value but the empty one: no colours on the terminal",
+}
+"""Every variable that ringexport reads and what it does; docs/cli.md shows this table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the environment asks for.
+
+    Attributes:
+        threads: threads per operation of CPU backends, None for the backend's own choice.
+        backend: name of a backend, or "auto".
+        color: False if NO_COLOR is set.
+    """
+
+    threads: int | None = None
+    backend: str = "auto"
+    color: bool = True
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the variables of `VARIABLES`.
+
+    Args:
+        environ: read instead of the environment of the process.
+
+    Raises:
+        ConfigError: a variable has a value that cannot be used.
+    """
+    values = os.environ if environ is None else environ
+    return Settings(
+        threads=_threads(values.get("RINGEXPORT_THREADS", "")),
+        backend=values.get("RINGEXPORT_BACKEND", "") or "auto",
+        color=not values.get("NO_COLOR", ""),
+    )
+
+
+def _threads(text: str) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 4096):
+        raise ConfigError(
+            f"RINGEXPORT_THREADS is {text[:40]!r}, expected a number from 1 to 4096",
+            hint="unset it to use all physical cores",
+        )
+    return int(text)

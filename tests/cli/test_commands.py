@@ -1,0 +1,363 @@
+"""run, eval, compare, bench, inspect and doctor on a tiny bundle."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ringexport.bundle import EngineBundle
+from ringexport.cli import main as main_module
+from ringexport.errors import ToleranceExceededError
+from tests.cli.conftest import Call, assert_refused
+
+TEXT = "the rain in the plain and the sun on the hill\n" * 8
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def other(call: Call, tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A bundle of the same checkpoint with another decay."""
+    path = tmp_path / "other"
+    arguments = ("build", tiny_checkpoint, "-o", path, "--decay-index", "hf", "-q")
+    assert call(*arguments).code == 0
+    return path
+
+
+def test_run_streams_text_to_stdout_and_numbers_to_stderr(call: Call, bundle: Path) -> None:
+    called = call("run", bundle, "the rain", "--max-new-tokens", 5)
+    assert called.code == 0
+    assert called.out.endswith("\n")
+    assert "prompt tokens, 5 new tokens, first token" in called.err
+    assert "stopped by: --max-new-tokens reached" in called.err
+
+
+def test_run_gives_the_same_text_in_every_form(call: Call, bundle: Path) -> None:
+    arguments = ("run", bundle, "the rain", "--max-new-tokens", 8)
+    streamed = call(*arguments)
+    whole = call(*arguments, "--no-stream", "--quiet")
+    from_stdin = call("run", bundle, "-", "--max-new-tokens", 8, stdin=b"the rain\n")
+    as_json = call(*arguments, "--json").json
+    assert streamed.out == whole.out == from_stdin.out == as_json["text"] + "\n"
+    assert whole.err == ""
+    assert as_json["stop_reason"] == "length"
+    assert as_json["new_tokens"] == len(as_json["token_ids"]) == 8
+    assert as_json["timings"]["total_ms"] > 0
+    assert as_json["backend"] == "onnxruntime:cpu"
+
+
+def test_run_gives_the_same_text_with_the_reference(
+    call: Call, bundle: Path, tiny_checkpoint: Path
+) -> None:
+    arguments = ("the rain", "--max-new-tokens", 16, "-q")
+    text = call("run", bundle, *arguments).out
+    assert call("run", bundle, *arguments, "--backend", "torch").out == text
+    assert call("run", tiny_checkpoint, *arguments).out == text
+
+
+def test_the_backend_can_come_from_the_environment(
+    call: Call, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RINGEXPORT_BACKEND", "torch")
+    called = call("run", bundle, "x", "--max-new-tokens", 1, "--json")
+    assert called.json["backend"] == "torch"
+
+
+def test_run_samples_with_a_seed(call: Call, bundle: Path) -> None:
+    arguments = ("run", bundle, "the", "--max-new-tokens", 12, "--temperature", 1, "--top-k", 50)
+    texts = [call(*arguments, "--seed", seed, "-q").out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_run_stops_at_a_text(call: Call, bundle: Path) -> None:
+    whole = call("run", bundle, "the rain", "--max-new-tokens", 8, "--json").json["text"]
+    stop = whole[2:4]
+    result = call("run", bundle, "the rain", "--stop", stop, "--json").json
+    assert result["stop_reason"] == "stop_text"
+    assert result["text"] == whole[: whole.index(stop)]
+
+
+def test_run_chat_uses_the_template(call: Call, bundle: Path) -> None:
+    plain = call("run", bundle, "hello", "--max-new-tokens", 1, "--json").json
+    chat = call("run", bundle, "hello", "--chat", "--max-new-tokens", 1, "--json").json
+    brief = call(
+        "run", bundle, "hello", "--chat", "--no-thinking", "--max-new-tokens", 1, "--json"
+    ).json
+    assert plain["prompt_tokens"] < min(chat["prompt_tokens"], brief["prompt_tokens"])
+    assert chat["prompt_tokens"] != brief["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "texts"),
+    [
+        ([""], 3, ["the prompt is empty"]),
+        (["x", "--top-p", "2"], 3, ["top_p is 2.0"]),
+        (["x", "--top-p", "nan"], 3, ["top_p is nan"]),
+        (["x", "--backend", "gpu"], 4, ["no backend 'gpu'", "onnxruntime:cpu", "torch"]),
+        (["x", "--backend", "onnxruntime:cuda"], 4, []),
+        (["x", "--temperature", "-1"], 2, ["temperature"]),
+        (["x" * 9000], 3, ["the context holds 4096"]),
+        (["\udcff"], 3, ["not UTF-8"]),
+        (["x", "--stop", ""], 3, ["stop"]),
+    ],
+)
+def test_run_refuses(
+    call: Call, bundle: Path, arguments: list[str], code: int, texts: list[str]
+) -> None:
+    assert_refused(call("run", bundle, *arguments), code, *texts)
+
+
+def test_run_refuses_bytes_on_stdin(call: Call, bundle: Path) -> None:
+    assert_refused(call("run", bundle, "-", stdin=b"\xff\xfe"), 3, "not UTF-8")
+
+
+def test_run_refuses_a_damaged_bundle(call: Call, bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    weights = copy / "targets/onnxruntime-cpu/weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert_refused(call("run", copy, "x"), 3, "was not copied completely")
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "bench"])
+def test_missing_bundle(call: Call, tmp_path: Path, command: str) -> None:
+    extra = ["x"] if command == "run" else []
+    assert_refused(call(command, tmp_path / "none", *extra), 3)
+
+
+def test_eval(call: Call, bundle: Path, text: Path) -> None:
+    called = call("eval", bundle, "--text", text, "--json")
+    assert called.code == 0
+    total = called.json["total"]
+    assert total["bytes"] == len(TEXT) - 1
+    assert total["tokens"] > 0
+    assert total["perplexity"] > 1
+    assert called.json["files"] == {str(text): total}
+    table = call("eval", bundle, "--text", text, "--text", text)
+    assert "bits per byte" in table.out
+
+
+def test_eval_windows_and_limits(call: Call, bundle: Path, text: Path) -> None:
+    whole = call("eval", bundle, "--text", text, "--json").json["total"]
+    cut = call("eval", bundle, "--text", text, "--window", 16, "--json").json["total"]
+    few = call("eval", bundle, "--text", text, "--max-tokens", 16, "--json").json["total"]
+    assert cut["tokens"] == whole["tokens"]
+    assert cut["nats"] != whole["nats"]
+    assert few["tokens"] == 15
+
+
+def test_eval_against_the_checkpoint(
+    call: Call, bundle: Path, tiny_checkpoint: Path, text: Path
+) -> None:
+    found = call("eval", bundle, "--text", text, "--against", tiny_checkpoint, "--json").json
+    assert abs(found["perplexity_change"]) < 1e-5
+    assert found["top1_agreement"] == 1
+    assert found["kl_mean"] < 1e-9
+
+
+def test_eval_of_another_decay_differs(call: Call, bundle: Path, other: Path, text: Path) -> None:
+    found = call("eval", other, "--text", text, "--against", bundle)
+    assert found.code == 0
+    assert "perplexity change" in found.out
+    as_json = call("eval", other, "--text", text, "--against", bundle, "--json").json
+    assert as_json["kl_mean"] > 1e-6
+
+
+def test_eval_refuses(call: Call, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("")
+    (tmp_path / "binary").write_bytes(b"\xff\xff")
+    assert_refused(call("eval", bundle, "--text", tmp_path / "short"), 3, "nothing to score")
+    assert_refused(call("eval", bundle, "--text", tmp_path / "binary"), 3, "not UTF-8", "0xff")
+    assert_refused(call("eval", bundle, "--text", tmp_path / "no"), 3, "cannot read")
+    assert_refused(call("eval", bundle, "--text", tmp_path), 3, "cannot read")
+    assert_refused(call("eval", bundle), 2, "missing option '--text'")
+    arguments = ("eval", bundle, "--text", tmp_path / "short", "--decay-index", "hf")
+    assert_refused(call(*arguments), 3, "was built with the decay index serving")
+
+
+def test_compare_with_torch(call: Call, bundle: Path) -> None:
+    called = call("compare", bundle, "--against", "torch", "--tokens", 64, "--json")
+    assert called.code == 0
+    rows = called.json["rows"]
+    assert called.json["passed"]
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("hidden") == 7
+    assert kinds.count("experts") == 5
+    assert kinds.count("state") == 4 + 2 * 2
+    bounded = [row for row in rows if row["bound"] is not None]
+    assert all(row["passed"] for row in bounded)
+    hidden = [row["value"] for row in rows if row["kind"] == "hidden"]
+    assert 0 < max(hidden) < 1e-5
+
+
+def test_compare_finds_another_decay(call: Call, bundle: Path, other: Path) -> None:
+    called = call("compare", other, "--against", bundle, "--tokens", 48)
+    assert called.code == 1
+    assert "FAIL" in called.out
+    assert "error: " in called.err
+    assert "out of bounds, first hidden 0" in called.err
+    as_json = call("compare", other, "--against", bundle, "--tokens", 48, "--json")
+    assert as_json.code == 1
+    assert not as_json.json["passed"]
+
+
+def test_compare_refuses(call: Call, bundle: Path, tmp_path: Path) -> None:
+    arguments = ("compare", bundle, "--against", "torch")
+    called = call(*arguments, "--checkpoint", tmp_path / "moved")
+    assert_refused(called, 3, "--checkpoint")
+    called = call("compare", bundle, "--against", bundle, "--tokens", 5000)
+    assert_refused(called, 3, "expected 2 to 4096")
+    (tmp_path / "one").write_text("a")
+    assert_refused(call(*arguments, "--text", tmp_path / "one"), 3, "expected at least 2")
+
+
+BENCH = ("--prefill", "8,16", "--context", "8", "--decode", "4", "--repeat", "1")
+
+
+def test_bench(call: Call, bundle: Path) -> None:
+    called = call("bench", bundle, *BENCH, "--batch", "1,2", "--json")
+    assert called.code == 0
+    results = called.json["results"]
+    assert [result["backend"] for result in results] == ["onnxruntime:cpu", "torch"]
+    for result in results:
+        assert set(result["first_token_ms"]) == {"8", "16"}
+        assert set(result["decode_tokens_per_s"]) == {"1", "2"}
+    assert called.json["agreed_greedy_tokens"] == 32
+    for name in ("cpu", "onnxruntime", "torch", "ringexport"):
+        assert called.json["conditions"][name]
+
+
+def test_bench_table(call: Call, bundle: Path) -> None:
+    called = call("bench", bundle, *BENCH, "--backend", "onnxruntime:cpu")
+    assert called.code == 0
+    assert "first token, prompt of 16 tokens" in called.out
+    assert "faster" not in called.out
+
+
+def test_bench_without_the_checkpoint_says_so(call: Call, bundle: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(bundle, tmp_path / "deep" / "er" / "copy"))
+    called = call("bench", moved, *BENCH)
+    assert called.code == 0
+    assert "not measured: torch: " in called.out
+
+
+def test_bench_refuses_wrong_results(
+    call: Call, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disagree(runners: list[object]) -> None:
+        raise ToleranceExceededError(f"{len(runners)} runners disagree")
+
+    monkeypatch.setattr("ringexport.compare.speed.check_agreement", disagree)
+    assert_refused(call("bench", bundle, *BENCH), 1, "2 runners disagree")
+
+
+def test_bench_refuses(call: Call, bundle: Path) -> None:
+    assert_refused(call("bench", bundle, "--batch", "1,x"), 2, "'1,x' is no list")
+    only = ("--backend", "onnxruntime:cpu")
+    assert_refused(call("bench", bundle, *only, "--prefill", "9999"), 3, "holds 4096")
+
+
+def test_inspect_a_checkpoint(call: Call, tiny_checkpoint: Path) -> None:
+    found = call("inspect", tiny_checkpoint, "--json").json
+    assert found["kind"] == "checkpoint"
+    assert sum(row["bytes"] for row in found["kinds"]) == found["bytes"]
+    assert [row["attention"] for row in found["layers"]][:3] == ["linear", "linear", "softmax"]
+    assert "6: 4 linear, 2 softmax" in call("inspect", tiny_checkpoint).out
+
+
+def test_inspect_a_bundle(call: Call, bundle: Path) -> None:
+    found = call("inspect", bundle, "--json").json
+    assert found["kind"] == "bundle"
+    assert found["digest"] == EngineBundle.open(bundle).digest
+    assert found["targets"][0]["target"] == "onnxruntime:cpu"
+    assert len(found["files"][0]["sha256"]) == 64
+    shown = call("inspect", bundle, "--no-verify").out
+    assert "decay index     serving" in shown
+
+
+def test_inspect_files(call: Call, bundle: Path, tiny_checkpoint: Path) -> None:
+    tensors = call("inspect", next(tiny_checkpoint.glob("*.safetensors")))
+    assert tensors.code == 0
+    assert "more; --all shows them" in tensors.out
+    graph = call("inspect", bundle / "targets/onnxruntime-cpu/model.onnx", "--json").json
+    assert graph["kind"] == "onnx"
+    assert {"name": "position", "dtype": "int32", "shape": "B"} in graph["inputs"]
+
+
+def test_inspect_refuses(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"\x08nonsense")
+    (tmp_path / "b.onnx").write_bytes(b"")
+    (tmp_path / "c.safetensors").write_bytes(b"12")
+    (tmp_path / "d.txt").write_text("x")
+    assert_refused(call("inspect", tmp_path / "a.onnx"), 5, "is no ONNX file")
+    assert_refused(call("inspect", tmp_path / "b.onnx"), 5, "is no ONNX file")
+    assert_refused(call("inspect", tmp_path / "c.safetensors"), 3)
+    assert_refused(call("inspect", tmp_path / "d.txt"), 3, "nothing that ringexport knows")
+
+
+def test_doctor(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    dead = tmp_path / "bundles" / "out.tmp-0123"
+    dead.mkdir(parents=True)
+    (dead / ".building").touch()
+    called = call("doctor", "--json")
+    assert called.code == 0
+    targets = {target["target"]: target for target in called.json["targets"]}
+    assert targets["onnxruntime:cpu"]["works"]
+    assert not targets["tensorrt:sm_.."]["works"]
+    assert called.json["stale_builds"] == ["bundles/out.tmp-0123"]
+    assert "out.tmp-0123" in call("doctor").out
+
+
+def test_doctor_without_packages(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    found = call("doctor", "--json").json
+    targets = {target["target"]: target for target in found["targets"]}
+    assert not targets["onnxruntime:cpu"]["works"]
+    assert targets["onnxruntime:cpu"]["install"] == "pip install 'ringexport[ort]'"
+    assert targets["torch"]["install"] == "pip install 'ringexport[torch]'"
+
+
+def test_a_bug_is_reported_in_two_lines(
+    call: Call, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("ringexport.pipeline.inspect.describe", fail)
+    called = call("inspect", bundle)
+    assert called.code == main_module.EXIT_BUG
+    assert called.err.splitlines() == [
+        "error: this is a bug in ringexport: ZeroDivisionError: division",
+        f"hint: {main_module.ISSUES_HINT}",
+    ]
+    assert "Traceback" in call("inspect", bundle, "-v").err
+
+
+def test_an_interrupt_ends_with_130(
+    call: Call, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ringexport.pipeline.inspect.describe", interrupt)
+    called = call("inspect", bundle)
+    assert (called.code, called.err.strip()) == (130, "interrupted")
+
+
+def test_json_is_all_there_is_on_stdout(call: Call, bundle: Path, text: Path) -> None:
+    for arguments in (
+        ("inspect", bundle),
+        ("doctor",),
+        ("eval", bundle, "--text", text),
+        ("run", bundle, "x", "--max-new-tokens", 1),
+    ):
+        json.loads(call(*arguments, "--json").out)

@@ -1,0 +1,90 @@
+"""`ringexport quantize` as people call it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ringexport.checkpoint import RingConfig
+from ringexport.cli.main import run_cli
+from tests.quantize.stats import make_stats
+
+
+def test_quantize_and_json(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "q"
+    assert run_cli(["quantize", str(tiny_checkpoint), "-o", str(output), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recipe"] == "fp8"
+    assert found["quantized_modules"] == 270
+    assert found["saturated"] == {}
+    assert found["peak_memory_bytes"] > 1 << 20
+    assert (output / "config.json").exists()
+    assert run_cli(["quantize", str(tiny_checkpoint), "-o", str(output)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "quantized 270 modules with recipe fp8" in captured.err
+    assert "peak memory" in captured.err
+
+
+def test_dry_run_shows_every_kind(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["quantize", str(tiny_checkpoint), "-o", str(tmp_path / "q"), "--dry-run"]
+    assert run_cli(arguments) == 0
+    text = capsys.readouterr().out
+    for word in ("routed_experts", "fp8_e4m3 channel", "as they are", "needs calibration stats"):
+        assert word in text
+    assert run_cli([*arguments, "--json", "--recipe", "int8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["modules"]) == 275
+    assert found["needs_stats"] == ["SmoothQuant"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stats_and_own_recipe(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(
+        'base = "fp8-static"\n[[rules]]\ntargets = ["*.dense"]\nscheme = "unquantized"'
+    )
+    arguments = [
+        "quantize",
+        str(tiny_checkpoint),
+        "-o",
+        str(tmp_path / "q"),
+        "--recipe",
+        str(recipe),
+    ]
+    assert run_cli(arguments) == 3
+    error = capsys.readouterr().err
+    assert "recipe own needs calibration stats: static activation scales of 266 modules" in error
+    assert "hint: give the stats" in error
+    stats = tmp_path / "stats.safetensors"
+    make_stats(RingConfig.from_file(tiny_checkpoint / "config.json")).save(stats)
+    assert run_cli([*arguments, "--stats", str(stats)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--recipe", "fp9"], 3, "there is no recipe 'fp9'"),
+        (["--recipe", "bf16"], 3, "quantizes nothing"),
+        (["--stats", "none"], 3, "cannot read the calibration stats none"),
+        (["--recpe", "fp8"], 2, "recpe"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["quantize", str(tiny_checkpoint), "-o", str(tmp_path / "q"), *arguments]
+    assert run_cli(command) == code
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

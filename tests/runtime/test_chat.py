@@ -1,0 +1,185 @@
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from ringexport.errors import CheckpointError, ConfigError
+from ringexport.runtime.chat import ChatTemplate, Message
+
+TEMPLATE = (Path(__file__).parent.parent / "data" / "chat_template.jinja").read_text()
+HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
+CHAT: list[Message] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {
+        "role": "assistant",
+        "content": "<think>\nhm\n</think>\n\nYo",
+        "tool_calls": [{"name": "f", "arguments": {"a": [1, "é"]}}],
+    },
+    {"role": "tool", "content": "1"},
+    {"role": "tool", "content": "2"},
+    {"role": "user", "content": "More <b>&</b>"},
+]
+
+
+def render(source: str) -> str:
+    return ChatTemplate(source).render(HELLO)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("tools", [None, [{"name": "f"}]], ids=["plain", "tools"])
+def test_published_template_renders_as_in_plain_jinja(
+    thinking: bool, tools: list[dict[str, str]] | None
+) -> None:
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    plain.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    plain.filters["tojson"] = jinja2.utils.htmlsafe_json_dumps
+    chat = [message for message in CHAT if "tool_calls" not in message] if tools else CHAT[:2]
+    expected = plain.from_string(TEMPLATE).render(
+        messages=chat, tools=tools, enable_thinking=thinking, add_generation_prompt=True
+    )
+    assert ChatTemplate(TEMPLATE).render(chat, thinking=thinking, tools=tools) == expected
+
+
+def test_whole_chat() -> None:
+    text = ChatTemplate(TEMPLATE).render(CHAT, thinking=False)
+    assert text == (
+        "<role>SYSTEM</role>Be brief.\ndetailed thinking off<|role_end|>"
+        "<role>HUMAN</role>Hi<|role_end|><role>ASSISTANT</role>Yo"
+        '\n<tool_call>\n{"name": "f", "arguments": {"a": [1, "é"]}}\n</tool_call><|role_end|>'
+        "<role>OBSERVATION</role>\n<tool_response>\n1\n</tool_response>"
+        "\n<tool_response>\n2\n</tool_response><|role_end|>"
+        "<role>HUMAN</role>More <b>&</b><|role_end|><role>ASSISTANT</role>"
+    )
+
+
+def test_thinking_opens_a_thought() -> None:
+    assert ChatTemplate(TEMPLATE).render(HELLO).endswith("<role>ASSISTANT</role>\n<think>\n")
+
+
+def test_functions_of_templates() -> None:
+    template = ChatTemplate(
+        "{{ bos_token }}{{ strftime_now('%Y') }}{{ messages | tojson }}{{ thinking_option }}",
+        variables={"bos_token": "<s>"},
+        now=lambda: datetime(2026, 11, 21, tzinfo=UTC),
+    )
+    assert template.render(HELLO) == '<s>2026[{"role": "user", "content": "Hello"}]on'
+
+
+def test_language_features_still_work() -> None:
+    assert render("{% for a, b in {'x': 1}.items() %}{{ a ~ b }}{{ loop.last }}{% endfor %}") == (
+        "x1True"
+    )
+    assert render("{% macro m(x) %}<{{ caller() }}{{ x }}>{% endmacro %}"
+                  "{% call m(2) %}in{% endcall %}") == "<in2>"  # fmt: skip
+    assert render("{% set a, b = 1, [2] %}{{ a + b[0] * 3 }}") == "7"
+    assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}"
+                  "{% endfor %}") == "01"  # fmt: skip
+    assert render("{{ 'a-b'.split('-') | join('+') }}{{ 'x'.replace('x', 'y') }}") == "a+by"
+    assert render("{{ messages | map(attribute='role') | list | length }}{{ 2 ** 3 }}") == "18"
+    assert render("{% filter upper %}a{{ 'b' }}{% endfilter %}{{ 'x' * 3 }}") == "ABxxx"
+    assert render("{% block a %}{{ 7 % 4 }}{% endblock %}{{ '-'.join(['a', 'b']) }}") == "3a-b"
+
+
+GROW = (
+    "{%% set ns = namespace(x=%s) %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}"
+)
+BIG = "{% set big = 'x' * 1000000 %}"
+HOSTILE = {
+    "range": "{% for i in range(10**9) %}x{% endfor %}",
+    "nested loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for x in [1] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "macro": "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+    "macro tree": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}"
+    "{{ m(40) }}",
+    "concat": GROW % ("'aa'", "ns.x ~ ns.x"),
+    "add": GROW % ("'aa'", "ns.x + ns.x"),
+    "list": GROW % ("[1]", "[ns.x, ns.x]"),
+    "tuple": GROW % ("(1,)", "(ns.x, ns.x)"),
+    "dict": GROW % ("1", "{1: ns.x, 2: ns.x}"),
+    "namespace": GROW % ("1", "namespace(a=[ns.x, ns.x])"),
+    "square": GROW % ("9", "ns.x * ns.x"),
+    "repeat": "{{ 'x' * 10**9 }}",
+    "repeat list": "{{ 10**9 * [1] }}",
+    "power": "{{ 9**9**9 }}",
+    "percent": "{{ '%1000000000d' % 1 }}",
+    "format": "{{ '{:>1000000000}'.format(1) }}",
+    "format item": "{{ 'x'['format'](1) }}",
+    "ljust": "{{ 'x'.ljust(10**10) }}",
+    "center": "{{ 'x' | center(10**10) }}",
+    "to_bytes": "{{ (1).to_bytes(10**9) }}",
+    "output": BIG + "{% for i in range(9999) %}{{ big }}{% endfor %}",
+    "set block": BIG + "{% set y %}{% for i in range(9999) %}{{ big }}{% endfor %}{% endset %}",
+    "template text": "{% for i in range(9999) %}{% for j in range(9) %}"
+    + "x" * 10000
+    + "{% endfor %}"
+    "{% endfor %}",
+    "replace": BIG + "{{ big | replace('x', big) }}",
+    "replace method": BIG + "{{ big.replace('x', big) }}",
+    "join": BIG + "{{ range(9999) | join(big) }}",
+    "join method": BIG + "{{ big.join(['a'] * 9999) }}",
+    "filter block": "{% filter replace('x', 'x' * 1000000) %}" + "x" * 10000 + "{% endfilter %}",
+    "json indent": "{{ messages | tojson(indent=10**9) }}",
+    "include": "{% include '/etc/passwd' %}",
+    "import": "{% import 'os' as os %}",
+    "from": "{% from 'os' import path %}",
+    "extends": "{% extends '/etc/passwd' %}",
+    "class": "{{ ''.__class__.__mro__ }}",
+    "globals": "{{ raise_exception.__globals__['x'] }}",
+    "self": "{{ self.__init__.__globals__ }}",
+    "attr filter": "{{ '' | attr('__class__') }}",
+    "append": "{{ messages.append(1) }}",
+    "lipsum": "{{ lipsum(10**6) }}",
+    "undefined": "{{ nothing.at.all }}",
+    "division": "{{ 1 / 0 }}",
+    "deep": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "deep blocks": "{% if 1 %}" * 300 + "{% endif %}" * 300,
+    "syntax": "{% for %}",
+    "unclosed": "{{ 1",
+    "long source": "x" * 500_001,
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_template_is_refused_quickly(source: str) -> None:
+    start = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        render(source)
+    assert time.process_time() - start < 8
+    assert caught.value.exit_code == 3
+
+
+def test_template_can_refuse_messages() -> None:
+    with pytest.raises(CheckpointError, match="no tools here") as caught:
+        render("{{ raise_exception('no tools here') }}")
+    assert caught.value.hint is not None
+
+
+def test_messages_are_not_changed_and_budget_is_per_rendering() -> None:
+    template = ChatTemplate("{% for i in range(9999) %}{{ i }}{% endfor %}")
+    assert len({template.render(HELLO) for _ in range(5)}) == 1
+    assert HELLO == [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("messages", [[], [{"content": "x"}], [{"role": 3}]], ids=str)
+def test_bad_messages_are_refused(messages: list[Message]) -> None:
+    with pytest.raises(ConfigError):
+        ChatTemplate(TEMPLATE).render(messages)
+
+
+def test_template_is_found(tmp_path: Path) -> None:
+    named = {"chat_template": [{"name": "default", "template": "D"}, {"name": "x"}]}
+    assert ChatTemplate.find(tmp_path, {}) is None
+    found = ChatTemplate.find(tmp_path, named)
+    assert found is not None
+    assert found.render(HELLO) == "D"
+    (tmp_path / "chat_template.jinja").write_text("{{ pad_token }}{{ eos_token }}")
+    config = {"pad_token": "P", "eos_token": {"content": "E"}}
+    found = ChatTemplate.find(tmp_path, named | config)
+    assert found is not None
+    assert found.render(HELLO) == "PE"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ChatTemplate.find(tmp_path, {})

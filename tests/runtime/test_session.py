@@ -1,0 +1,272 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ringexport
+from ringexport import Engine, SamplingParams
+from ringexport.errors import (
+    BackendUnavailableError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    DigestError,
+    RingExportError,
+    ShapeError,
+)
+from ringexport.runtime.runner import Logits
+from ringexport.runtime.session import GenerationResult
+from tests.runtime.conftest import OPTIONS
+
+SHORT = SamplingParams(max_new_tokens=12, ignore_eos=True)
+RANDOM = SamplingParams(max_new_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
+PROMPTS = ["the rain", "a", "日本 and then some more text", "x y"]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path) -> Iterator[Engine]:
+    with Engine.open(tiny_checkpoint, options=OPTIONS) as opened:
+        yield opened
+
+
+def test_public_names() -> None:
+    assert ringexport.__version__
+    assert ringexport.errors.RingExportError is ringexport.RingExportError
+    assert set(ringexport.__all__) <= set(dir(ringexport))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ringexport.nothing  # noqa: B018
+
+
+def test_greedy_text_equals_the_reference(engine: Engine, reference: Engine) -> None:
+    assert reference.runner.spec.name == "torch"
+    params = SamplingParams(max_new_tokens=32, ignore_eos=True)
+    found = engine.generate(PROMPTS, params)
+    expected = reference.generate(PROMPTS, params)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+def test_result_counts_and_times(engine: Engine) -> None:
+    result = engine.generate("the rain", SHORT)
+    assert result.stop_reason == "length"
+    assert result.new_tokens == len(result.token_ids) == 12
+    assert result.prompt_tokens == len(engine.tokenizer.encode("the rain"))
+    assert result.text == engine.tokenizer.decode(result.token_ids)
+    assert 0 < result.timings.time_to_first_token_ms <= result.timings.total_ms
+    assert result.timings.tokens_per_second > 0
+    assert result.logprobs is None
+
+
+def test_batch_gives_what_each_prompt_gives_alone(engine: Engine) -> None:
+    together = engine.generate(PROMPTS, RANDOM)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        assert engine.generate(prompt, RANDOM).text == found.text
+
+
+def test_rows_end_on_their_own(engine: Engine) -> None:
+    lengths = [1, 7, 3, 0]
+    each = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in lengths]
+    found = engine.generate_batch([*PROMPTS], each)
+    assert [one.new_tokens for one in found] == lengths
+    assert found[1].token_ids == engine.generate(PROMPTS[1], each[1]).token_ids
+    with pytest.raises(ConfigError, match="4 prompts were given with 1 params"):
+        engine.generate_batch([*PROMPTS], each[:1])
+    assert engine.generate_batch([]) == []
+
+
+def test_stream_is_the_text_in_pieces(engine: Engine) -> None:
+    whole = engine.generate("the rain", RANDOM)
+    with engine.stream("the rain", RANDOM) as stream:
+        with pytest.raises(RingExportError, match="still being generated"):
+            _ = stream.result
+        pieces = list(stream)
+    assert "".join(pieces) == whole.text
+    assert stream.result.token_ids == whole.token_ids
+    assert "\ufffd" not in "".join(pieces[:-1]) or "\ufffd" in whole.text
+
+
+def test_closed_stream_has_a_result(engine: Engine) -> None:
+    with engine.stream("the rain", RANDOM) as stream:
+        next(stream)
+    assert stream.result.stop_reason == "cancelled"
+    assert 0 < stream.result.new_tokens < 12
+
+
+def test_both_stop_tokens_end_the_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = engine.generate("the rain", SHORT)
+    for place in (0, 5):
+        token = free.token_ids[place]
+        first = free.token_ids.index(token)
+        monkeypatch.setattr(engine.tokenizer, "stop_ids", frozenset({1, token}))
+        found = engine.generate("the rain", SamplingParams(max_new_tokens=12))
+        assert found.stop_reason == "stop_token"
+        assert found.token_ids == free.token_ids[: first + 1]
+        assert found.text == engine.tokenizer.decode(free.token_ids[:first])
+        again = engine.generate("the rain", SHORT)
+        assert again.token_ids == free.token_ids
+
+
+def test_stop_text_ends_the_text_and_is_not_part_of_it(engine: Engine) -> None:
+    free = engine.generate("the rain", RANDOM)
+    stop = free.text[4:6]
+    params = SamplingParams(
+        max_new_tokens=12, temperature=1.0, seed=5, ignore_eos=True, stop=("never", stop)
+    )
+    stream = engine.stream("the rain", params)
+    text = "".join(stream)
+    assert text == free.text[: free.text.index(stop)] == stream.result.text
+    assert (stream.result.stop_reason, stream.result.stop_text) == ("stop_text", stop)
+    assert stream.result.new_tokens < 12
+
+
+def test_full_context_ends_the_text(engine: Engine) -> None:
+    limit = engine.runner.spec.context_length
+    result = engine.generate([5] * (limit - 2), SHORT)
+    assert (result.stop_reason, result.new_tokens) == ("context", 3)
+    with pytest.raises(ContextLengthError, match=f"the context holds {limit}"):
+        engine.generate([5] * (limit + 1), SHORT)
+
+
+def test_logprobs(engine: Engine) -> None:
+    params = SamplingParams(max_new_tokens=3, logprobs=2, ignore_eos=True)
+    result = engine.generate("the rain", params)
+    assert result.logprobs is not None
+    assert [entry.token_id for entry in result.logprobs] == list(result.token_ids)
+    assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in result.logprobs)
+
+
+def test_bad_prompts_are_refused(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="empty"):
+        engine.generate("")
+    with pytest.raises(ShapeError, match="token id 384"):
+        engine.generate([384])
+    with pytest.raises(ConfigError, match="mixes"):
+        engine.generate([1, {"role": "user"}])  # type: ignore[list-item]
+
+
+def test_chat_uses_the_template(engine: Engine) -> None:
+    message = {"role": "user", "content": "hi"}
+    found = engine.chat([message], SHORT, thinking=False)
+    prompt = engine.chat_prompt([message], thinking=False)
+    assert "thinking off" in prompt
+    assert found.token_ids == engine.generate(prompt, SHORT).token_ids
+    thinking = engine.generate([message], SHORT)
+    assert thinking.prompt_tokens == len(engine.tokenizer.encode(engine.chat_prompt([message])))
+
+
+def test_no_template(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+    with pytest.raises(CheckpointError, match="no chat template"):
+        engine.chat([{"role": "user", "content": "hi"}])
+
+
+def texts(results: list[GenerationResult]) -> list[tuple[int, ...]]:
+    return [result.token_ids for result in results]
+
+
+def test_session_continues_its_text(engine: Engine) -> None:
+    session = engine.session()
+    first = session.generate("the rain", SHORT)
+    second = session.generate(" and", SHORT)
+    ids = [
+        *engine.tokenizer.encode("the rain"),
+        *first.token_ids,
+        *engine.tokenizer.encode(" and"),
+    ]
+    assert second.token_ids == engine.generate(ids, SHORT).token_ids
+    assert session.tokens == [*ids, *second.token_ids[:-1]]
+
+
+def test_session_forks_and_files(engine: Engine, tmp_path: Path) -> None:
+    session = engine.session()
+    session.generate("the rain", SHORT)
+    session.save_state(tmp_path / "session")
+    fork = session.fork()
+    loaded = engine.session()
+    loaded.load_state(tmp_path / "session")
+    ends = [one.generate(" and", SHORT) for one in (session, fork, loaded)]
+    assert len(set(texts(ends))) == 1
+    assert session.tokens == fork.tokens == loaded.tokens
+
+
+def test_session_files_of_others_are_refused(
+    engine: Engine, reference: Engine, tmp_path: Path
+) -> None:
+    state = engine.runner.new_state(1)
+    state.save(tmp_path / "state")
+    with pytest.raises(BundleError, match="no session"):
+        engine.session().load_state(tmp_path / "state")
+    session = engine.session()
+    session.generate("a", SHORT)
+    session.save_state(tmp_path / "session")
+    other = reference.session()  # the same checkpoint and decay: the same model
+    other.load_state(tmp_path / "session")
+    assert other.generate("b", SHORT).token_ids == session.generate("b", SHORT).token_ids
+    content = (tmp_path / "session").read_bytes()
+    digest = engine.runner.model_digest.encode()
+    (tmp_path / "session").write_bytes(content.replace(digest, b"0" * 64))
+    with pytest.raises(DigestError, match="another model"):
+        session.load_state(tmp_path / "session")
+
+
+def test_interrupted_session_recovers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engine.session()
+    expected.generate("the rain", SHORT)
+    session = engine.session()
+    stream = session.stream("the rain", SHORT)
+    decode, calls = engine.runner.decode, [0]
+
+    def interrupted(*args: object) -> Logits:
+        calls[0] += 1
+        logits = decode(*args)  # type: ignore[arg-type]
+        if calls[0] == 5:
+            raise KeyboardInterrupt
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
+    assert stream.result.stop_reason == "cancelled"
+    assert stream.result.new_tokens == 5
+    ids = [*session.tokens, stream.result.token_ids[-1], *engine.tokenizer.encode("!")]
+    assert session.generate("!", SHORT).token_ids == engine.generate(ids, SHORT).token_ids
+
+
+def test_streams_that_overlap_do_not_mix(engine: Engine) -> None:
+    session = engine.session()
+    session.generate("the rain", SHORT)
+    plain = session.fork().generate("x", SHORT)
+    first, second = session.stream("x", SHORT), session.stream("x", SHORT)
+    next(first)
+    assert "".join(second) == plain.text
+    list(first)
+    assert first.result.token_ids == second.result.token_ids == plain.token_ids
+    ids = [*session.tokens, plain.token_ids[-1], *engine.tokenizer.encode("y")]
+    assert session.generate("y", SHORT).token_ids == engine.generate(ids, SHORT).token_ids
+
+
+def test_session_chat(engine: Engine) -> None:
+    session = engine.session()
+    answer = session.chat("hi", SHORT)
+    session.chat("more", SHORT, thinking=False)
+    roles = [message["role"] for message in session.messages]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    assert session.messages[1]["content"] == answer.text
+    session.reset()
+    assert session.tokens == []
+
+
+def test_backends_are_chosen_by_name(bundle_path: Path, tiny_checkpoint: Path) -> None:
+    with Engine.open(bundle_path, "torch", options=OPTIONS) as engine:
+        assert engine.runner.spec.name == "torch"
+    for path, backend, message in (
+        (bundle_path, "magic", "no backend 'magic'"),
+        (bundle_path, "onnxruntime:cuda", "no target onnxruntime:cuda"),
+        (tiny_checkpoint, "onnxruntime:cpu", "cannot run a checkpoint"),
+    ):
+        with pytest.raises(BackendUnavailableError, match=message) as caught:
+            Engine.open(path, backend)
+        assert caught.value.hint
+    with pytest.raises(BundleError):
+        Engine.open(bundle_path / "nothing")

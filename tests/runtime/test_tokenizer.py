@@ -1,0 +1,142 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from ringexport.errors import CheckpointError, ConfigError
+from ringexport.runtime.tokenizer import ModelTokenizer, byte_symbols
+
+VOCAB = 384
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    for path in tiny_checkpoint.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_round_trip(tokenizer: ModelTokenizer) -> None:
+    for text in ("the rain and the sea", "日本語 🦜 e\u0301\n\t ", "<role>HUMAN</role>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_stop_ids_are_those_of_all_files(tokenizer: ModelTokenizer, folder: Path) -> None:
+    assert sorted(tokenizer.stop_ids) == [289, 292]
+    (folder / "generation_config.json").unlink()
+    assert ModelTokenizer.open(folder, vocab_size=VOCAB).stop_ids == {289, 292}
+
+
+def test_special_tokens_are_left_out_on_request(tokenizer: ModelTokenizer) -> None:
+    ids = tokenizer.encode("a<|role_end|>b<think>c")
+    assert tokenizer.decode(ids) == "ab<think>c"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|role_end|>b<think>c"
+
+
+def test_characters_are_never_split(tokenizer: ModelTokenizer) -> None:
+    ids = tokenizer.encode("é🦜")
+    decoder = tokenizer.decoder()
+    assert [decoder.feed(token) for token in ids] == ["", "é", "", "", "", "🦜"]
+    assert decoder.flush() == ""
+
+
+def test_broken_utf8_becomes_the_replacement_character(tokenizer: ModelTokenizer) -> None:
+    decoder = tokenizer.decoder()
+    first = tokenizer.encode("🦜")[:2]
+    assert [decoder.feed(token) for token in first] == ["", ""]
+    assert decoder.flush() == "\ufffd"
+    assert tokenizer.decode([*first, *tokenizer.encode("a")]) == "\ufffda"
+
+
+@given(st.lists(st.integers(0, VOCAB - 1), max_size=40), st.booleans())
+def test_pieces_equal_the_library(
+    tokenizer: ModelTokenizer, tiny_checkpoint: Path, ids: list[int], skip: bool
+) -> None:
+    library = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+    found = tokenizer.decode(ids, skip_special_tokens=skip)
+    assert found == library.decode(ids, skip_special_tokens=skip)
+
+
+def test_byte_symbols_are_a_bijection() -> None:
+    assert len(set(byte_symbols())) == 256
+
+
+def test_ids_beyond_the_vocabulary_are_no_text(tokenizer: ModelTokenizer) -> None:
+    assert tokenizer.decode([VOCAB - 1]) == ""
+
+
+def test_lone_surrogate_is_refused(tokenizer: ModelTokenizer) -> None:
+    with pytest.raises(ConfigError, match="surrogate at character 1"):
+        tokenizer.encode("a\ud800")
+
+
+def test_vocabulary_larger_than_the_model(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'</think>' the id 296, the model has only 290"):
+        ModelTokenizer.open(folder, vocab_size=290)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"eos_token_id": 384}, "384 .* out of range"),
+        ("config.json", {"eos_token_id": -1}, "-1 .* out of range"),
+        ("config.json", {"eos_token_id": "x"}, "'x', expected an id"),
+        ("config.json", {"eos_token_id": True}, "True, expected an id"),
+        ("config.json", {"eos_token_id": 65}, "65 .* ordinary token"),
+        ("config.json", {"eos_token_id": 380}, "380 .* no token"),
+        ("generation_config.json", {"eos_token_id": [289, 12]}, "12 .* ordinary token"),
+        ("config.json", {"pad_token_id": 291}, "pad_token_id 291"),
+        ("tokenizer_config.json", {"eos_token": "<none>"}, "'<none>' as its eos_token"),
+        ("tokenizer_config.json", {"bos_token": 7}, "7 as its bos_token"),
+        ("tokenizer_config.json", {"chat_template": 3}, "no text"),
+        ("tokenizer.json", {"decoder": {"type": "WordPiece"}}, "no|not .*byte-level"),
+        ("tokenizer.json", {"decoder": None}, "not describe a byte-level"),
+        ("tokenizer.json", {"model": {"type": "Nope"}}, "no usable tokenizer"),
+    ],
+)
+def test_disagreeing_files_are_refused(
+    folder: Path, file: str, changes: dict[str, Any], message: str
+) -> None:
+    edit(folder / file, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ModelTokenizer.open(folder, vocab_size=VOCAB)
+    assert str(folder) in caught.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_damaged_files_are_refused(folder: Path, file: str, content: bytes) -> None:
+    (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=file):
+        ModelTokenizer.open(folder, vocab_size=VOCAB)
+
+
+def test_missing_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+        ModelTokenizer.open(folder, vocab_size=VOCAB)
+
+
+def test_damaged_tokenizers_never_escape_as_other_errors(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    good = (folder / "tokenizer.json").read_bytes()
+    for _ in range(60):
+        broken = bytearray(good)
+        for place in rng.integers(0, len(good), 3):
+            broken[place] = rng.integers(32, 127)
+        (folder / "tokenizer.json").write_bytes(bytes(broken))
+        try:
+            ModelTokenizer.open(folder, vocab_size=VOCAB)
+        except CheckpointError:
+            continue

@@ -1,0 +1,20 @@
+import pytest
+
+from ringexport.errors import ConfigError
+from ringexport.settings import VARIABLES, Settings, load_settings
+
+
+def test_nothing_is_required() -> None:
+    assert load_settings({}) == Settings()
+
+
+def test_every_variable_is_read() -> None:
+    values = {"RINGEXPORT_THREADS": "3", "RINGEXPORT_BACKEND": "torch", "NO_COLOR": "1"}
+    assert values.keys() == VARIABLES.keys()
+    assert load_settings(values) == Settings(threads=3, backend="torch", color=False)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", "99999", "٣"])
+def test_bad_thread_counts_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="RINGEXPORT_THREADS"):
+        load_settings({"RINGEXPORT_THREADS": value})
