@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from ringexport.cli.reference import render_reference
+from ringexport.cli.reference import render_reference as render_cli
+from ringexport.ops.reference import render_reference as render_ops
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {"cli.md": render_reference}
+PAGES = {"cli.md": render_cli, "ops.md": render_ops}
 
 if __name__ == "__main__":
     for name, render in PAGES.items():

@@ -1,6 +1,7 @@
 """The blocks of a layer, built from contract ops and standard ones."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -52,7 +53,7 @@ class BlockBuilder:
         self.dtype = dtype
 
     def linear_attention(self, layer: int, hidden: str, state: list[str], step: Step) -> str:
-        """Linear attention with group norm and output gate.
+        """Linear attention with group norm and output gate, before its output projection.
 
         Args:
             layer: 0-based.
@@ -61,19 +62,10 @@ class BlockBuilder:
             step: shared values.
         """
         build, config = self.builder, self.config
-        heads, dim = config.num_attention_heads, config.linear_dim
+        heads = config.num_attention_heads
         normed = self._norm(hidden, f"model.layers.{layer}.input_layernorm.weight", "input_norm")
-        # One matrix for query, key, value and output gate: they share their input.
-        projected = self._project(
-            normed, layer, ["attention.query_key_value", "attention.g_proj"], "attention.in_proj"
-        )
-        if config.linear_silu:
-            qkv, output_gate = self._split(projected, [3 * dim, dim], "split_gate")
-            qkv = self._silu(qkv, "qkv_silu")
-            query_key, value = self._split(qkv, [2 * dim, dim], "split_qkv")
-        else:
-            query_key, value, output_gate = self._split(projected, [2 * dim, dim, dim], "split_qkv")
-        query, key = self._rotated_query_key(layer, query_key, (heads, heads), step)
+        output_gate = self._project(normed, layer, "attention.g_proj", "attention.output_gate_proj")
+        query, key, value = self._query_key_value(layer, normed, (heads, heads), step)
         decay = log_decay(heads, layer, config.num_hidden_layers, self.decay_index)
         past_state, present_state = state
         attended, _ = build.contract(
@@ -83,11 +75,10 @@ class BlockBuilder:
             "linear_attention",
             values={"present_state": present_state},
         )
-        gated = self._group_norm_gate(layer, attended, output_gate)
-        return self._project(gated, layer, ["attention.dense"], "attention.out_proj")
+        return self._group_norm_gate(layer, attended, output_gate)
 
     def softmax_attention(self, layer: int, hidden: str, state: list[str], step: Step) -> str:
-        """Grouped-query softmax attention.
+        """Grouped-query softmax attention, before its output projection.
 
         Args:
             layer: 0-based.
@@ -98,10 +89,7 @@ class BlockBuilder:
         build, config = self.builder, self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         normed = self._norm(hidden, f"model.layers.{layer}.input_layernorm.weight", "input_norm")
-        projected = self._project(normed, layer, ["attention.query_key_value"], "attention.in_proj")
-        sizes = [(heads + kv_heads) * config.head_dim, kv_heads * config.head_dim]
-        query_key, value = self._split(projected, sizes, "split_qkv")
-        query, key = self._rotated_query_key(layer, query_key, (heads, kv_heads), step)
+        query, key, value = self._query_key_value(layer, normed, (heads, kv_heads), step)
         past_key, past_value, present_key, present_value = state
         attended, _, _ = build.contract(
             ATTENTION,
@@ -114,7 +102,11 @@ class BlockBuilder:
             "attention",
             values={"present_key": present_key, "present_value": present_value},
         )
-        return self._project(attended, layer, ["attention.dense"], "attention.out_proj")
+        return attended
+
+    def output_projection(self, layer: int, attended: str) -> str:
+        """Project attention outputs [B, T, H * K] back to the residual stream."""
+        return self._project(attended, layer, "attention.dense", "attention.out_proj")
 
     def mlp(self, layer: int, hidden: str) -> str:
         """Dense MLP, or routed and shared experts, of the normed residual stream [B, T, D]."""
@@ -126,16 +118,20 @@ class BlockBuilder:
         shared = self._swiglu(normed, layer, "mlp.shared_experts")
         return self.builder.node("Add", [routed, shared], "mlp.sum")
 
+    def wanted(self, value: str, label: str) -> str:
+        """Gather [B, T, D] at the positions of `logits_index`: [B, L, D]."""
+        build = self.builder
+        index = build.node("Unsqueeze", ["logits_index", build.ints(2)], f"{label}_index")
+        return build.node("GatherND", [value, index], label, batch_dims=1)
+
     def head(self, hidden: str) -> str:
-        """Logits [B, L, vocab] fp32 at the positions of `logits_index`."""
+        """Logits [B, L, vocab] fp32 of the residual stream [B, L, D]."""
         build, config = self.builder, self.config
         with build.scope("head"):
-            index = build.node("Unsqueeze", ["logits_index", build.ints(2)], "index")
-            chosen = build.node("GatherND", [hidden, index], "gather", batch_dims=1)
-            normed = self._norm(chosen, "model.norm.weight", "norm", value_name="hidden.final")
+            normed = self._norm(hidden, "model.norm.weight", "norm", value_name="hidden.final")
         tied = config.tie_word_embeddings
         source = "model.word_embeddings.weight" if tied else "lm_head.weight"
-        matrix = initializers.transposed_projection("lm_head", self.weights, [source], self.dtype)
+        matrix = initializers.transposed_projection("lm_head", self.weights, source, self.dtype)
         name = build.weight(matrix)
         if self.dtype is ComputeDtype.FP32:
             return build.node("MatMul", [normed, name], "lm_head.matmul", value="logits")
@@ -186,7 +182,7 @@ class BlockBuilder:
         matrix = initializers.transposed_projection(
             f"layers.{layer}.mlp.router.weight",
             self.weights,
-            [f"{prefix}.weight"],
+            f"{prefix}.weight",
             ComputeDtype.FP32,
         )
         if not self.config.expert_bias:
@@ -200,46 +196,56 @@ class BlockBuilder:
         )
         return [build.weight(matrix), build.weight(bias)]
 
-    def _rotated_query_key(
-        self, layer: int, query_key: str, heads: tuple[int, int], step: Step
-    ) -> list[str]:
-        """Norm and rotate query and key, [B, T, (H + KV) * K], together; return them apart.
+    def _query_key_value(
+        self, layer: int, normed: str, heads: tuple[int, int], step: Step
+    ) -> tuple[str, str, str]:
+        """Project to query and key, both normed per head and rotated, and value.
+
+        Each has a matrix of its own: one joined product would have to be split again, which costs
+        a copy of every activation.
 
         Args:
             layer: 0-based.
-            query_key: query heads, then key heads.
-            heads: number of query heads and of key heads.
+            normed: [B, T, D].
+            heads: number of query heads, and of key and value heads.
             step: shared values.
         """
-        build, config = self.builder, self.config
-        total, dim = sum(heads), config.head_dim
+        dim = self.config.head_dim
+        ends = np.cumsum([0, heads[0] * dim, heads[1] * dim, heads[1] * dim]).tolist()
+        parts = []
+        for name, rows in zip(("query", "key", "value"), pairwise(ends), strict=True):
+            label = f"attention.{name}_proj"
+            part = self._project(normed, layer, "attention.query_key_value", label, rows=rows)
+            if self.config.linear_silu and self.config.is_linear_layer(layer):
+                part = self._silu(part, f"attention.{name}_silu")
+            parts.append(part)
+        query = self._normed_and_rotated(layer, parts[0], "query", heads[0], step)
+        key = self._normed_and_rotated(layer, parts[1], "key", heads[1], step)
+        return query, key, parts[2]
+
+    def _normed_and_rotated(self, layer: int, value: str, kind: str, heads: int, step: Step) -> str:
+        """RMS norm of every head of a query or key [B, T, heads * K], then partial rotary."""
+        build, dim = self.builder, self.config.head_dim
         # Always in fp32: bf16 tables lose the phase of far positions.
-        value = self._cast(query_key, ComputeDtype.FP32, "query_key_float")
-        split = build.node("Reshape", [value, build.ints(0, 0, total, dim)], "query_key_heads")
-        normed = self._rms_norm(split, np.ones(dim, dtype=np.float32), "query_key_norm")
-        weight = self._query_key_norm_weight(layer, heads)
-        scaled = build.node("Mul", [normed, weight], "query_key_scaled")
-        flat = build.node("Reshape", [scaled, build.ints(0, 0, total * dim)], "query_key_flat")
+        value = self._cast(value, ComputeDtype.FP32, f"{kind}_float")
+        split = build.node("Reshape", [value, build.ints(0, 0, heads, dim)], f"{kind}_heads")
+        weight = initializers.vector(
+            f"layers.{layer}.attention.{kind}_norm.weight",
+            self.weights,
+            f"model.layers.{layer}.attention.{kind}_layernorm.weight",
+            ComputeDtype.FP32,
+        )
+        normed = self._normalize(split, build.weight(weight), f"{kind}_norm", None)
+        flat = build.node("Reshape", [normed, build.ints(0, 0, heads * dim)], f"{kind}_flat")
         rotated = build.node(
             "RotaryEmbedding",
             [flat, step.cos, step.sin, step.position_ids],
-            "rotary",
-            num_heads=total,
-            rotary_embedding_dim=config.rotary_dim,
+            f"{kind}_rotary",
+            num_heads=heads,
+            rotary_embedding_dim=self.config.rotary_dim,
             interleaved=0,
         )
-        rotated = self._cast(rotated, self.dtype, "rotary_cast")
-        return self._split(rotated, [count * dim for count in heads], "split_query_key")
-
-    def _query_key_norm_weight(self, layer: int, heads: tuple[int, int]) -> str:
-        """Norm weights of every query and key head, [H + KV, K] fp32."""
-        prefix = f"model.layers.{layer}.attention"
-        names = ("query_layernorm", "key_layernorm")
-        rows = [
-            np.tile(self.weights.read_f32(f"{prefix}.{name}.weight"), (count, 1))
-            for name, count in zip(names, heads, strict=True)
-        ]
-        return self.builder.constant(np.concatenate(rows), "query_key_norm")
+        return self._cast(rotated, self.dtype, f"{kind}_cast")
 
     def _group_norm_gate(self, layer: int, attended: str, output_gate: str) -> str:
         """RMS norm over groups of heads, times the weight, times the sigmoid of the gate."""
@@ -247,8 +253,9 @@ class BlockBuilder:
         groups, dim = config.num_norm_groups, config.linear_dim
         width = dim // groups
         split = build.node("Reshape", [attended, build.ints(0, 0, groups, width)], "groups")
-        ones = np.ones(width, dtype=self.dtype.numpy)
-        normed = self._rms_norm(split, ones, "group_norm")
+        # The weight differs from group to group, which the op cannot express: it follows below.
+        ones = build.constant(np.ones(width, dtype=self.dtype.numpy), "ones")
+        normed = self._normalize(split, ones, "group_norm", None)
         flat = build.node("Reshape", [normed, build.ints(0, 0, dim)], "group_norm_flat")
         weight = initializers.vector(
             f"layers.{layer}.attention.group_norm.weight",
@@ -262,20 +269,28 @@ class BlockBuilder:
 
     def _swiglu(self, normed: str, layer: int, prefix: str) -> str:
         """down(silu(gate) * up) of the modules below `prefix`."""
-        sources = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        rows = self.weights.info(f"model.layers.{layer}.{sources[0]}.weight").shape[0]
-        both = self._project(normed, layer, sources, f"{prefix}.gate_up_proj")
-        gate, up = self._split(both, [rows, rows], f"{prefix}.split")
+        gate, up = (
+            self._project(normed, layer, f"{prefix}.{name}", f"{prefix}.{name}")
+            for name in ("gate_proj", "up_proj")
+        )
         product = self.builder.node(
             "Mul", [self._silu(gate, f"{prefix}.silu"), up], f"{prefix}.mul"
         )
-        return self._project(product, layer, [f"{prefix}.down_proj"], f"{prefix}.down_proj")
+        return self._project(product, layer, f"{prefix}.down_proj", f"{prefix}.down_proj")
 
-    def _project(self, value: str, layer: int, modules: list[str], label: str) -> str:
-        """Multiply by the joined matrices of checkpoint modules of a layer."""
-        sources = [f"model.layers.{layer}.{module}.weight" for module in modules]
+    def _project(
+        self,
+        value: str,
+        layer: int,
+        module: str,
+        label: str,
+        *,
+        rows: tuple[int, int] | None = None,
+    ) -> str:
+        """Multiply by the matrix of a checkpoint module of a layer, or by some rows of it."""
+        source = f"model.layers.{layer}.{module}.weight"
         matrix = initializers.transposed_projection(
-            f"layers.{layer}.{label}", self.weights, sources, self.dtype
+            f"layers.{layer}.{label}", self.weights, source, self.dtype, rows=rows
         )
         return self.builder.node("MatMul", [value, self.builder.weight(matrix)], f"{label}.matmul")
 
@@ -284,9 +299,6 @@ class BlockBuilder:
             self.builder.name(f"{label}.weight"), self.weights, source, self.dtype
         )
         return self._normalize(value, self.builder.weight(scale), label, value_name)
-
-    def _rms_norm(self, value: str, scale: np.ndarray, label: str) -> str:
-        return self._normalize(value, self.builder.constant(scale, "ones"), label, None)
 
     def _normalize(self, value: str, scale: str, label: str, value_name: str | None) -> str:
         """RMS norm over the last axis, statistics in fp32 whatever the dtype."""
@@ -303,10 +315,6 @@ class BlockBuilder:
     def _silu(self, value: str, label: str) -> str:
         gate = self.builder.node("Sigmoid", [value], f"{label}.sigmoid")
         return self.builder.node("Mul", [value, gate], label)
-
-    def _split(self, value: str, sizes: list[int], label: str) -> list[str]:
-        inputs = [value, self.builder.ints(*sizes)]
-        return self.builder.multi_node("Split", inputs, label, [""] * len(sizes), axis=-1)
 
     def _cast(self, value: str, dtype: ComputeDtype, label: str) -> str:
         if self.dtype is ComputeDtype.FP32:

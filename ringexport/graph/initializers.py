@@ -112,24 +112,28 @@ def table(
 
 
 def transposed_projection(
-    name: str, weights: CheckpointWeights, sources: list[str], dtype: ComputeDtype
+    name: str,
+    weights: CheckpointWeights,
+    source: str,
+    dtype: ComputeDtype,
+    *,
+    rows: tuple[int, int] | None = None,
 ) -> LazyInitializer:
-    """Join [out, in] projections that share their input into one [in, sum of out] matrix."""
-    shapes = [weights.info(source).shape for source in sources]
-    width = shapes[0][1]
-    height = sum(shape[0] for shape in shapes)
+    """Turn an [out, in] projection, or `rows` of it, into the [in, out] matrix of a MatMul."""
+    height, width = weights.info(source).shape
+    first, last = rows or (0, height)
 
     def chunks() -> Iterator[AnyArray]:
-        # Every chunk takes some columns of each source: they stay mapped until the last one.
-        weights.check_finite(sources)
-        stored = [weights.read(source) for source in sources]
-        for start, stop in _blocks(width, height):
-            columns = [part[:, start:stop].astype(np.float32).T for part in stored]
-            yield np.concatenate(columns, axis=1).astype(dtype.numpy, copy=False)
-        for source in sources:
-            weights.release(source)
+        # Every chunk takes some columns of all rows, so the source stays mapped until the last.
+        weights.check_finite([source])
+        stored = weights.read_rows(source, first, last)
+        for start, stop in _blocks(width, last - first):
+            columns = stored[:, start:stop].astype(np.float32).T
+            yield np.ascontiguousarray(columns, dtype=dtype.numpy)
+        weights.release(source)
 
-    return LazyInitializer(name=name, shape=(width, height), dtype=dtype.numpy, chunks=chunks)
+    shape = (width, last - first)
+    return LazyInitializer(name=name, shape=shape, dtype=dtype.numpy, chunks=chunks)
 
 
 def stacked_gate_up_projections(

@@ -1,9 +1,10 @@
-"""Lower the portable graph for ONNX Runtime: every contract op gets its function body."""
+"""Lower the portable graph for ONNX Runtime: function bodies for contract ops, and fusions."""
 
 import onnx
 import onnx.parser
 
 from ringexport.graph.network import Network
+from ringexport.graph.passes.fuse_residual_norm import fuse_residual_norm
 from ringexport.ops.spec import DOMAIN, OPSET
 
 __all__ = ["lower_ort"]
@@ -23,9 +24,8 @@ def lower_ort(
         with_probes: also output the hidden states and expert ids of every layer.
     """
     outputs = network.outputs + (network.probes if with_probes else [])
-    graph = onnx.helper.make_graph(
-        network.builder.nodes, "ring", network.inputs, outputs, initializer=tensors
-    )
+    nodes = fuse_residual_norm(network.builder.nodes, {tensor.name for tensor in tensors})
+    graph = onnx.helper.make_graph(nodes, "ring", network.inputs, outputs, initializer=tensors)
     texts = network.builder.functions.values()
     return onnx.helper.make_model(
         graph,

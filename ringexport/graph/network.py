@@ -63,6 +63,11 @@ def build_network(
         with builder.scope(f"layers.{layer}"):
             attend = blocks.linear_attention if kind == "linear" else blocks.softmax_attention
             attended = attend(layer, hidden, [info.name for info in past + present], step)
+            if layer == config.num_hidden_layers - 1:
+                # Behind the last attention, only tokens whose logits are wanted matter.
+                attended = blocks.wanted(attended, "wanted_attended")
+                hidden = blocks.wanted(hidden, "wanted_hidden")
+            attended = blocks.output_projection(layer, attended)
             hidden = builder.node("Add", [hidden, attended], "attention_residual")
             mixed = blocks.mlp(layer, hidden)
             hidden = builder.node("Add", [hidden, mixed], "residual", value=f"hidden.{layer}")
@@ -117,7 +122,8 @@ def _state_infos(
 
 
 def _probes(config: RingConfig, layer: int, dtype: ComputeDtype) -> list[onnx.ValueInfoProto]:
-    probes = [_info(f"hidden.{layer}", dtype.onnx, ["B", "T", config.hidden_size])]
+    tokens = "L" if layer == config.num_hidden_layers - 1 else "T"
+    probes = [_info(f"hidden.{layer}", dtype.onnx, ["B", tokens, config.hidden_size])]
     if config.is_moe_layer(layer):
         probes.append(_info(f"expert_ids.{layer}", INT64, ["N", config.num_experts_per_tok]))
     return probes
