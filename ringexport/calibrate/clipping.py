@@ -1,6 +1,6 @@
 """Where to clip: the magnitude that becomes the largest code, found from a histogram.
 
-There is one clip value per row of a `HistogramBank`; scale = clip / half_range. Candidates are the
+There is one clip value per row of a `RangeBank`; scale = clip / half_range. Candidates are the
 upper edges of bins, counted in bins, so they scale with the range. Arithmetic is fp64 and
 vectorised over rows; a row that observed nothing, or zeros only, gets 0. Bins are represented by
 their centres, which moves a result by half a bin, 1/2048 of the largest magnitude, at most.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringexport.calibrate.observers import NUM_BINS, HistogramBank
+from ringexport.calibrate.observers import NUM_BINS, RangeBank
 from ringexport.errors import ConfigError
 from ringexport.ops.quantization import NumberFormat
 
@@ -74,7 +74,7 @@ class ClipFinder:
             self._errors[codes] = (rounded - centres).square().T.contiguous()
             self._borders[codes] = _code_borders(edges, codes)
 
-    def find(self, bank: HistogramBank, method: ClipMethod, codes: NumberFormat) -> Tensor:
+    def find(self, bank: RangeBank, method: ClipMethod, codes: NumberFormat) -> Tensor:
         """Return the clip value of every row, fp32 [rows].
 
         Args:
@@ -83,14 +83,17 @@ class ClipFinder:
             codes: format of the quantized values; absmax and percentile do not depend on it.
         """
         if method is ClipMethod.ABSMAX:
-            return bank.absmax.clone()
+            return bank.absmax
         absmax = bank.absmax.double()
         width = torch.ldexp(torch.ones_like(absmax), bank.exponent.int()) / NUM_BINS
         if method is ClipMethod.PERCENTILE:
             clip = _percentile_edge(bank.counts, self._share) * width
         elif method is ClipMethod.MSE:
+            clips = self._clips[codes] * width[:, None]
             errors = bank.counts.double() @ self._errors[codes]
-            clip = self._clips[codes][errors.argmin(1)] * width
+            # Beyond twice the largest magnitude FP8 codes only repeat, up to the subnormal ones.
+            errors = errors.masked_fill(clips >= 2 * absmax[:, None], torch.inf)
+            clip = clips.gather(1, errors.argmin(1, keepdim=True))[:, 0]
         else:
             starts = range(0, bank.rows, _ROWS_AT_ONCE)
             parts = [bank.counts[start : start + _ROWS_AT_ONCE] for start in starts]

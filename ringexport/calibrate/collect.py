@@ -1,6 +1,7 @@
 """Everything that is observed of one layer, and the stats that come of it."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from ringexport.calibrate.clipping import ClipFinder, ClipMethod
 from ringexport.calibrate.coverage import Candidates
-from ringexport.calibrate.observers import NUM_BINS
+from ringexport.calibrate.observers import RangeBank
+from ringexport.calibrate.smoothing import layer_strengths
 from ringexport.calibrate.stream import Batch, LayerResult
 from ringexport.calibrate.taps import InputTaps, Site, SiteObserver, layer_sites
 from ringexport.checkpoint import RingConfig
@@ -23,6 +25,7 @@ __all__ = ["Entries", "LayerCollector", "SampleRows", "site_entries"]
 Entries = dict[tuple[str, Quantity], npt.NDArray[np.float32]]
 
 ROUTER = "mlp.gate"
+_LARGEST = float(np.finfo(np.float32).max)
 _SAMPLED = ("attention.query_key_value", "attention.dense", ROUTER, "mlp.gate_proj")
 """Sites whose inputs are sampled; those of the others follow from these and the weights."""
 
@@ -44,11 +47,15 @@ class SampleRows:
         rows = (self._index[inside] - first_token).to(values.device)
         self._found.setdefault(name, []).append(values[rows].float().cpu())
 
+    def inputs(self) -> dict[str, Tensor]:
+        """Return what was kept, fp32 [R, C] by site name, on the CPU."""
+        return {name: torch.cat(parts) for name, parts in self._found.items()}
+
     def entries(self, prefix: str) -> Entries:
         """Return INPUT_SAMPLES of every site that was observed."""
         return {
-            (prefix + name, Quantity.INPUT_SAMPLES): torch.cat(parts).numpy()
-            for name, parts in self._found.items()
+            (prefix + name, Quantity.INPUT_SAMPLES): values.numpy()
+            for name, values in self.inputs().items()
         }
 
 
@@ -79,9 +86,12 @@ class LayerCollector:
         self._prefix = f"model.layers.{layer}."
         self._weights = weights
         self.sites = layer_sites(self._prefix, weights)
-        self._device = weights["input_layernorm.weight"].device
-        self._observers = {site.name: self._observer(site) for site in self.sites}
+        self._observers = {
+            site.name: SiteObserver(site, count=site.name != ROUTER) for site in self.sites
+        }
         self._extra: dict[str, SiteObserver] = {}
+        self._last_input: dict[str, Tensor] = {}
+        self._shared_tokens: Counter[str] = Counter()
         self._samples = SampleRows(sample_index)
         self._candidates: Candidates | None = None
         if config.is_moe_layer(layer):
@@ -103,6 +113,7 @@ class LayerCollector:
         self._num_tokens += batch.stop - batch.start
         for observer in self._observers.values():
             observer.flush()
+        self._last_input.clear()
         for name, values in (("key_cache", result.key), ("value_cache", result.value)):
             if values is not None:
                 self._see_extra(name, values.flatten(1))
@@ -145,13 +156,14 @@ class LayerCollector:
         for site in self.sites:
             observer = self._observers[site.name]
             self._check_tokens(site, observer)
-            found |= site_entries(self._prefix, site, observer, clips)
+            found |= site_entries(self._prefix, observer, clips)
+        found |= self._strengths()
         attention = self._prefix + "attention"
         for name, observer in self._extra.items():
-            site = Site(name=f"attention.{name}", key="", modules=((f"{attention}.{name}",),))
-            found |= site_entries(self._prefix, site, observer, clips)
+            found |= site_entries(self._prefix, observer, clips)
             quantity = Quantity.KEY_ABSMAX if name == "key_cache" else Quantity.VALUE_ABSMAX
-            found[attention, quantity] = observer.histogram.absmax.cpu().numpy()
+            cache = f"{attention}.{name}"
+            found[attention, quantity] = found[cache, Quantity.INPUT_ABSMAX]
         if self._state_absmax is not None:
             found[attention, Quantity.STATE_ABSMAX] = self._state_absmax.float().cpu().numpy()
         if self._candidates is not None:
@@ -162,13 +174,25 @@ class LayerCollector:
             found[router, Quantity.EXPERT_FORCED] = forced.float().numpy()
         return found
 
-    def _observer(self, site: Site) -> SiteObserver:
-        # SmoothQuant folds per channel: into norms, which all experts share, and up_proj rows.
-        per_channel = site.rows == 1 or site.name.endswith("down_proj")
-        return SiteObserver(site.rows, per_channel=per_channel, device=self._device)
+    def _strengths(self) -> Entries:
+        """Search SmoothQuant's strengths on the sampled tokens, if there are any."""
+        inputs = self._samples.inputs()
+        banks = {name: observer.bank for name, observer in self._observers.items()}
+        absmax = {name: bank.channel_absmax for name, bank in banks.items() if bank is not None}
+        if not sum(len(values) for values in inputs.values()):
+            return {}
+        device = next(iter(absmax.values())).device
+        samples = {name: values.to(device) for name, values in inputs.items()}
+        return layer_strengths(self._prefix, self._weights, samples, absmax)
 
-    def _see(self, site: Site, row: int, values: Tensor) -> None:
+    def _see(self, site: Site, key: str, row: int, values: Tensor) -> None:
+        if key != site.keys[0]:  # the same tensor again, for another weight
+            if self._last_input.get(site.name) is values:
+                self._shared_tokens[key] += len(values)
+            return
         self._observers[site.name].add(row, values)
+        if len(site.keys) > 1:
+            self._last_input[site.name] = values
         if site.name in _SAMPLED:
             self._samples.observe(site.name, values, self._first_token)
         if site.name == ROUTER:
@@ -176,81 +200,96 @@ class LayerCollector:
 
     def _see_extra(self, name: str, values: Tensor) -> None:
         if name not in self._extra:
-            self._extra[name] = SiteObserver(1, per_channel=True, device=self._device)
+            modules = ((f"{self._prefix}attention.{name}",),)
+            site = Site(name=f"attention.{name}", keys=(), modules=modules)
+            self._extra[name] = SiteObserver(site)
         self._extra[name].add(0, values)
         self._extra[name].flush()
 
     def _check_tokens(self, site: Site, observer: SiteObserver) -> None:
         """Compare what a site saw with what it must have seen: no product may be bypassed."""
-        expected = torch.tensor([self._num_tokens])
+        expected = [self._num_tokens] * site.rows
         if site.rows > 1 and self._candidates is not None:
-            expected = self._candidates.tokens
-            expected = expected if self._forced is None else expected + self._forced
-        wrong = (observer.tokens != expected).nonzero()[:, 0]
-        if len(wrong):
-            row = int(wrong[0])
+            counts = self._candidates.tokens
+            expected = (counts if self._forced is None else counts + self._forced).tolist()
+        names = [modules[0] for modules in site.modules]
+        pairs = list(zip(names, observer.tokens, expected, strict=True))
+        for name, key in zip(site.modules[0][1:], site.keys[1:], strict=False):
+            pairs.append((name, self._shared_tokens[key], self._num_tokens))
+        wrong = [pair for pair in pairs if pair[1] != pair[2]]
+        if wrong:
+            name, found, wanted = wrong[0]
             raise CalibrationError(
-                f"{site.modules[row][0]} was observed with {int(observer.tokens[row])} tokens, "
-                f"expected {int(expected[row])}; {len(wrong)} such modules in this layer",
+                f"{name} was observed with {found} tokens, expected {wanted}; {len(wrong)} such "
+                f"modules read {self._prefix}{site.name}'s input",
                 hint="this is a fault of ringexport: a part of the model bypassed calibration",
             )
 
 
-def site_entries(prefix: str, site: Site, observer: SiteObserver, clips: ClipFinder) -> Entries:
+def site_entries(prefix: str, observer: SiteObserver, clips: ClipFinder) -> Entries:
     """Return what one site has seen, under the names of its modules.
 
     Experts without tokens get the largest values of the others, and INPUT_TOKENS 0.
 
     Args:
         prefix: "model.layers.{i}.", or "".
-        site: what was observed.
-        observer: flushed.
+        observer: flushed, with at least one token.
         clips: finds clip values.
 
     Raises:
-        CalibrationError: a NaN or infinity was observed.
+        CalibrationError: nothing, or a NaN or infinity, was observed.
     """
-    bank = observer.histogram
-    if not bool(bank.absmax.isfinite().all()):
+    site, bank = observer.site, observer.bank
+    if bank is None or not bool(bank.absmax.isfinite().all()):
+        what = "was never computed" if bank is None else "holds a NaN or infinity"
         raise CalibrationError(
-            f"the input of {prefix}{site.name} holds a NaN or infinity",
+            f"the input of {prefix}{site.name} {what}",
             hint="check the checkpoint, or calibrate in float32",
         )
-    seen = (observer.tokens > 0).to(bank.absmax.device)
-    columns = []
-    for name in CLIP_OBSERVERS:
-        number_format, _, method = name.rpartition(":")
-        codes = NumberFormat(number_format or NumberFormat.INT8)
-        columns.append(clips.find(bank, ClipMethod(method), codes))
-    arrays = {
-        Quantity.INPUT_ABSMAX: bank.absmax[:, None],
-        Quantity.INPUT_CLIPS: torch.stack(columns, dim=1),
-    }
-    if observer.channels is not None:
-        arrays[Quantity.INPUT_CHANNEL_ABSMAX] = observer.channels.absmax
+    arrays = {Quantity.INPUT_ABSMAX: bank.absmax[:, None]}
+    if _per_channel(site):
+        arrays[Quantity.INPUT_CHANNEL_ABSMAX] = bank.channel_absmax
+    if observer.count:
+        arrays[Quantity.INPUT_CLIPS] = _all_clips(bank, clips)
+    seen = torch.tensor([tokens > 0 for tokens in observer.tokens], device=bank.counts.device)
     filled = {name: _lend(array, seen).cpu().numpy() for name, array in arrays.items()}
-    filled[Quantity.INPUT_TOKENS] = observer.tokens[:, None].float().numpy()
+    filled[Quantity.INPUT_TOKENS] = np.array(observer.tokens, np.float32)[:, None]
     found = {
         (module, quantity): array[row]
         for row, modules in enumerate(site.modules)
         for module in modules
         for quantity, array in filled.items()
     }
-    total = bank.total()
-    shares = total.counts[0].double() / max(int(total.counts.sum()), 1)
-    top = np.ldexp(np.float32(1), total.exponent.cpu().numpy().astype(np.int32))
-    for name in _histogram_names(prefix, site):
-        found[name, Quantity.INPUT_HISTOGRAM] = shares.float().cpu().numpy().reshape(NUM_BINS)
-        found[name, Quantity.INPUT_HISTOGRAM_TOP] = top.astype(np.float32)
+    if observer.count:
+        found |= _histogram_entries(prefix, site, bank.total())
     return found
 
 
-def _histogram_names(prefix: str, site: Site) -> Iterator[str]:
-    """Yield where the histogram goes: the module, or for experts the name without a number."""
-    if site.rows == 1:
-        yield from site.modules[0]
-    else:
-        yield prefix + site.name
+def _per_channel(site: Site) -> bool:
+    """Say whether SmoothQuant needs the channels: of norms, all experts share them."""
+    return site.rows == 1 or site.name.endswith("down_proj")
+
+
+def _all_clips(bank: RangeBank, clips: ClipFinder) -> Tensor:
+    """Return what every observer of `CLIP_OBSERVERS` would clip at, fp32 [rows, observers]."""
+    columns = []
+    for name in CLIP_OBSERVERS:
+        codes, _, method = name.rpartition(":")
+        number_format = NumberFormat(codes) if codes else NumberFormat.INT8
+        columns.append(clips.find(bank, ClipMethod(method), number_format))
+    return torch.stack(columns, dim=1)
+
+
+def _histogram_entries(prefix: str, site: Site, total: RangeBank) -> Entries:
+    """Return the histogram of all rows; that of experts is under their name without a number."""
+    shares = total.counts[0].double() / max(int(total.counts.sum()), 1)
+    top = np.ldexp(1.0, int(total.exponent))
+    arrays = {
+        Quantity.INPUT_HISTOGRAM: shares.float().cpu().numpy(),
+        Quantity.INPUT_HISTOGRAM_TOP: np.array([min(top, _LARGEST)], np.float32),
+    }
+    names = site.modules[0] if site.rows == 1 else (prefix + site.name,)
+    return {(name, quantity): array for name in names for quantity, array in arrays.items()}
 
 
 def _lend(values: Tensor, seen: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
 """Accumulators of magnitudes: exact integers and maxima, so that merging in any order is the same.
 
-A bank observes many tensors of one kind at once, one row each: the experts of a layer, or a single
-row for everything else. No Python runs per expert.
+A bank observes many tensors of one kind, one row each: the experts of a layer, or a single row for
+everything else.
 """
 
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,17 +12,18 @@ from torch import Tensor
 from ringexport.errors import ShapeError
 from ringexport.ops.quantization import Granularity, GranularityKind
 
-__all__ = ["NUM_BINS", "AbsMax", "ChannelAbsMax", "HistogramBank", "Segments"]
+__all__ = ["NUM_BINS", "AbsMax", "RangeBank", "exponent_above", "power_of_two"]
 
 NUM_BINS = 2048
 _LOG_BINS = NUM_BINS.bit_length() - 1
 _MIN_EXPONENT = -100  # ranges below 2**-100 are 0 for every purpose, and 2**-x stays normal
-_MAX_EXPONENT = 127
-_CHUNK_ELEMENTS = 1 << 22
+_MAX_EXPONENT = 128
+_CPU_CHUNK = 1 << 17  # temporary arrays stay in the cache
+_GPU_CHUNK = 1 << 24
 
 
-class HistogramBank:
-    """Histograms of magnitudes, one per row, whose ranges grow by powers of two.
+class RangeBank:
+    """Largest magnitudes and histograms of magnitudes, one per row, that grow by powers of two.
 
     Row r counts |x| in `NUM_BINS` bins of equal width over [0, 2 ** exponent[r]), where the range
     is the smallest power of two above the largest magnitude seen. Bin edges of a wider range are
@@ -33,61 +33,66 @@ class HistogramBank:
     Attributes:
         counts: int64 [rows, NUM_BINS].
         exponent: int64 [rows].
-        absmax: fp32 [rows]; NaN or infinity once either was observed.
+        channel_absmax: fp32 [rows, C]; NaN or infinity once either was observed.
     """
 
-    def __init__(self, rows: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, rows: int, channels: int, *, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(rows, NUM_BINS, dtype=torch.int64, device=device)
         self.exponent = torch.full((rows,), _MIN_EXPONENT, dtype=torch.int64, device=device)
-        self.absmax = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.channel_absmax = torch.zeros(rows, channels, dtype=torch.float32, device=device)
 
     @property
     def rows(self) -> int:
         """Number of histograms."""
         return self.counts.shape[0]
 
-    def observe(self, values: Tensor, segments: "Segments | None" = None) -> None:
-        """Count the elements of `values` [N, C], any float dtype.
+    @property
+    def absmax(self) -> Tensor:
+        """Largest magnitude of each row, fp32 [rows]."""
+        return self.channel_absmax.amax(1)
+
+    def observe(self, parts: Iterable[tuple[int, Tensor]], *, count: bool = True) -> None:
+        """Take in the elements of tokens.
 
         Args:
-            values: one token per row.
-            segments: which tokens belong to which histogram; None: all to row 0.
+            parts: row, and values [N, C] of it, bf16, fp32 or fp64; N may be 0.
+            count: also in the histograms; they stay empty otherwise.
         """
-        if values.numel() == 0:
+        found = [(row, values) for row, values in parts if len(values)]
+        for row, values in found:
+            largest = self.channel_absmax[row]
+            torch.maximum(largest, values.abs().amax(0).float(), out=largest)
+        absmax = self.absmax
+        if not count or not bool(absmax.isfinite().all()):
             return
-        parts = Segments.whole(values) if segments is None else segments
-        token_absmax = values.abs().amax(1, keepdim=True).float()
-        _raise_rows(self.absmax, parts.rows, parts.amax(token_absmax)[:, 0])
-        self._widen(exponent_above(self.absmax))
-        factor = power_of_two(_LOG_BINS - self.exponent)
-        token_rows = parts.token_rows().to(torch.int32)
-        tokens = max(1, _CHUNK_ELEMENTS // values.shape[1])
-        for start in range(0, len(values), tokens):
-            rows = token_rows[start : start + tokens, None]
-            # Multiplying by a power of two is exact, so every value falls into the same bin
-            # whatever else was observed before.
-            scaled = values[start : start + tokens].abs().float() * factor[rows]
-            bins = scaled.to(torch.int32).clamp_(0, NUM_BINS - 1) + (rows * NUM_BINS)
-            found = torch.bincount(bins.flatten(), minlength=self.counts.numel())
-            self.counts += found.view_as(self.counts)
+        self._widen(exponent_above(absmax))
+        factors = power_of_two(_LOG_BINS - self.exponent).tolist()
+        size = _CPU_CHUNK if self.counts.device.type == "cpu" else _GPU_CHUNK
+        for row, values in found:
+            # Multiplying by a power of two is exact in every dtype, so a value falls into the
+            # same bin whatever else was observed before.
+            for chunk in torch.split(values.reshape(-1), size):
+                bins = chunk.abs().mul_(factors[row]).to(torch.int32)
+                self.counts[row] += bins.bincount(minlength=NUM_BINS)
 
-    def merge(self, other: "HistogramBank") -> None:
+    def merge(self, other: "RangeBank") -> None:
         """Add what `other`, which is left alone, has observed.
 
         Raises:
-            ShapeError: another number of rows.
+            ShapeError: another number of rows or channels.
         """
-        if other.rows != self.rows:
-            raise ShapeError(f"a bank of {other.rows} histograms, expected {self.rows}")
+        theirs, ours = tuple(other.channel_absmax.shape), tuple(self.channel_absmax.shape)
+        if theirs != ours:
+            raise ShapeError(f"a bank of {list(theirs)} rows and channels, expected {list(ours)}")
         exponent = torch.maximum(self.exponent, other.exponent)
         self._widen(exponent)
         self.counts += _widened(other.counts, exponent - other.exponent)
-        self.absmax = torch.maximum(self.absmax, other.absmax)
+        self.channel_absmax = torch.maximum(self.channel_absmax, other.channel_absmax)
 
-    def total(self) -> "HistogramBank":
+    def total(self) -> "RangeBank":
         """Return a bank of one row that has observed what all rows have."""
-        result = HistogramBank(1, device=self.counts.device)
-        result.absmax = self.absmax.amax(0, keepdim=True)
+        result = RangeBank(1, self.channel_absmax.shape[1], device=self.counts.device)
+        result.channel_absmax = self.channel_absmax.amax(0, keepdim=True)
         result.exponent = self.exponent.amax(0, keepdim=True)
         widened = _widened(self.counts, result.exponent - self.exponent)
         result.counts = widened.sum(0, keepdim=True)
@@ -95,56 +100,9 @@ class HistogramBank:
 
     def _widen(self, exponent: Tensor) -> None:
         """Grow the ranges to `exponent` [rows], which is nowhere below the present one."""
-        self.counts = _widened(self.counts, exponent - self.exponent)
-        self.exponent = exponent
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Consecutive tokens that belong to one row of a bank.
-
-    Attributes:
-        rows: int64 [S], the row of each segment, each row at most once.
-        lengths: int64 [S], tokens of each segment; their sum is N.
-    """
-
-    rows: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def whole(cls, values: Tensor) -> Self:
-        """Return one segment for row 0 that covers all of `values` [N, C]."""
-        zero = torch.zeros(1, dtype=torch.int64, device=values.device)
-        return cls(zero, zero + len(values))
-
-    def amax(self, values: Tensor) -> Tensor:
-        """Return the maximum of each segment, [S, C] of values [N, C] that are all >= 0."""
-        if len(self.rows) == 1:
-            return values.amax(0, keepdim=True)
-        return torch.segment_reduce(values, "max", lengths=self.lengths, axis=0, initial=0.0)
-
-    def token_rows(self) -> Tensor:
-        """Return the row of every token, int64 [N]."""
-        return self.rows.repeat_interleave(self.lengths)
-
-
-class ChannelAbsMax:
-    """Largest magnitude per channel, for each row of a bank: `absmax` fp32 [rows, C]."""
-
-    def __init__(self, rows: int, channels: int, *, device: torch.device | str = "cpu") -> None:
-        self.absmax = torch.zeros(rows, channels, dtype=torch.float32, device=device)
-
-    def observe(self, values: Tensor, segments: Segments | None = None) -> None:
-        """Take in `values` [N, C], as `HistogramBank.observe` does."""
-        if values.numel() == 0:
-            return
-        parts = Segments.whole(values) if segments is None else segments
-        found = parts.amax(values.abs().float())
-        _raise_rows(self.absmax, parts.rows, found)
-
-    def merge(self, other: "ChannelAbsMax") -> None:
-        """Take in what `other` has observed."""
-        self.absmax = torch.maximum(self.absmax, other.absmax)
+        if not torch.equal(exponent, self.exponent):
+            self.counts = _widened(self.counts, exponent - self.exponent)
+            self.exponent = exponent
 
 
 class AbsMax:
@@ -205,11 +163,6 @@ def exponent_above(absmax: Tensor) -> Tensor:
 def power_of_two(exponent: Tensor) -> Tensor:
     """Return 2 ** exponent in fp32, exact; exponent int64, -126..127."""
     return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
-
-
-def _raise_rows(absmax: Tensor, rows: Tensor, found: Tensor) -> None:
-    """Raise `absmax[rows]` to `found` in place; no row is named twice."""
-    absmax[rows] = torch.maximum(absmax[rows], found)
 
 
 def _widened(counts: Tensor, steps: Tensor) -> Tensor:

@@ -88,7 +88,9 @@ class CalibrationSettings:
     def to_json(self) -> str:
         """Return what the stats file says of the settings; equal if the numbers must be."""
         values = asdict(self) | {"dtype": self.resolved_dtype(), "method": _METHOD_VERSION}
-        return json.dumps(values | {"device": self.device.partition(":")[0]}, sort_keys=True)
+        values |= {"device": self.device.partition(":")[0], "percentile": float(self.percentile)}
+        values["max_blind_share"] = float(self.max_blind_share)
+        return json.dumps(values, sort_keys=True)
 
 
 def calibrate(
@@ -199,6 +201,7 @@ class _Run:
             collector = self._run_layer(layer, progress)
             starved += collector.starved
             found = collector.entries(self._clips)
+            del collector  # and with it the weights, before the next layer's are read
             entries |= found
             self._check_blind(entries)
             if store is not None:
@@ -214,8 +217,8 @@ class _Run:
     @torch.inference_mode()
     def stats(self, entries: Entries) -> CalibrationStats:
         """Add the output projection, check that no module is missing, and return the stats."""
-        site = Site(name="lm_head", key="", modules=(("lm_head",),))
-        observer = SiteObserver(1, per_channel=True, device=self._device)
+        site = Site(name="lm_head", keys=(), modules=(("lm_head",),))
+        observer = SiteObserver(site)
         rows = SampleRows(self._sample_index)
         for batch in self._batches:
             hidden = self._stream.final_norm(self._take(batch))
@@ -223,12 +226,10 @@ class _Run:
             observer.flush()
             rows.observe(site.name, hidden, batch.start)
         entries = entries | rows.entries("")
-        entries |= site_entries("", site, observer, self._clips)
+        entries |= site_entries("", observer, self._clips)
         observed = {name for name, quantity in entries if quantity is Quantity.INPUT_CLIPS}
         caches = ("attention.key_cache", "attention.value_cache")
-        check_complete(
-            (name for name in observed if not name.endswith((*caches, "mlp.gate"))), self._config
-        )
+        check_complete((name for name in observed if not name.endswith(caches)), self._config)
         return self._with(entries)
 
     def _run_layer(self, layer: int, progress: Progress) -> LayerCollector:

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ringexport.calibrate.observers import ChannelAbsMax, HistogramBank, Segments
+from ringexport.calibrate.observers import RangeBank
 from ringexport.errors import CalibrationError
 
 __all__ = ["InputTaps", "Site", "SiteObserver", "layer_sites"]
 
 _WEIGHT = ".weight"
-_ROUTER = "mlp.gate"
+_QKV, _OUTPUT_GATE = "attention.query_key_value.weight", "attention.g_proj.weight"
 _EXPERTS = "mlp.experts."
 _FUSED = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 _FLUSH_ELEMENTS = 1 << 26
@@ -32,12 +32,12 @@ class Site:
 
     Attributes:
         name: of its first module without layer and expert, such as "mlp.experts.gate_proj".
-        key: of its weight in the model's layer.
+        keys: of the weights in the model's layer that are multiplied by the input.
         modules: per row the modules that read it, by their names in the checkpoint.
     """
 
     name: str
-    key: str
+    keys: tuple[str, ...]
     modules: tuple[tuple[str, ...], ...]
 
     @property
@@ -55,9 +55,11 @@ def layer_sites(prefix: str, weights: Mapping[str, Tensor]) -> tuple[Site, ...]:
     """
     sites = []
     for key, weight in weights.items():
-        if key.endswith(_WEIGHT) and weight.ndim == 2:
+        if key.endswith(_WEIGHT) and weight.ndim == 2 and key != _OUTPUT_GATE:
             name = key.removesuffix(_WEIGHT)
-            sites.append(Site(name=name, key=key, modules=((prefix + name,),)))
+            keys = [key, *(_OUTPUT_GATE for _ in range(key == _QKV and _OUTPUT_GATE in weights))]
+            readers = tuple(prefix + one.removesuffix(_WEIGHT) for one in keys)
+            sites.append(Site(name=name, keys=tuple(keys), modules=(readers,)))
             continue
         unit, _, fused = key.rpartition(".")
         if fused not in _FUSED:
@@ -67,55 +69,47 @@ def layer_sites(prefix: str, weights: Mapping[str, Tensor]) -> tuple[Site, ...]:
         modules = tuple(
             tuple(f"{prefix}{one}.{projection}" for projection in _FUSED[fused]) for one in units
         )
-        sites.append(Site(name=f"{unit}.{_FUSED[fused][0]}", key=key, modules=modules))
+        sites.append(Site(name=f"{unit}.{_FUSED[fused][0]}", keys=(key,), modules=modules))
     return tuple(sites)
 
 
 class SiteObserver:
     """What one site has seen.
 
+    Args:
+        site: what is observed.
+        count: keep histograms, not only the largest magnitudes.
+
     Attributes:
-        histogram: of each row.
-        channels: largest magnitudes per channel, None where nobody needs them.
-        tokens: int64 [rows], tokens seen.
+        site: what is observed.
+        tokens: tokens that each row has seen.
+        bank: None before the first token.
     """
 
-    def __init__(self, rows: int, *, per_channel: bool, device: torch.device) -> None:
-        self.histogram = HistogramBank(rows, device=device)
-        self.channels: ChannelAbsMax | None = None
-        self.tokens = torch.zeros(rows, dtype=torch.int64)
-        self._per_channel = per_channel
+    def __init__(self, site: Site, *, count: bool = True) -> None:
+        self.site = site
+        self.tokens = [0] * site.rows
+        self.bank: RangeBank | None = None
+        self.count = count
         self._pending: list[tuple[int, Tensor]] = []
         self._pending_elements = 0
 
     def add(self, row: int, values: Tensor) -> None:
         """Take in tokens [N, C] of one row. They may be kept until `flush`: do not modify them."""
-        if not values.numel():
-            return
-        if any(row == other for other, _ in self._pending[-1:]) or (
-            self._pending_elements + values.numel() > _FLUSH_ELEMENTS
-        ):
-            self.flush()
+        self.tokens[row] += len(values)
         self._pending.append((row, values))
         self._pending_elements += values.numel()
+        if self._pending_elements > _FLUSH_ELEMENTS:
+            self.flush()
 
     def flush(self) -> None:
         """Observe everything that was added; call it after each batch."""
-        if not self._pending:
-            return
-        rows, values = zip(*self._pending, strict=True)
+        if self._pending and self.bank is None:
+            values = self._pending[0][1]
+            self.bank = RangeBank(self.site.rows, values.shape[1], device=values.device)
+        if self.bank is not None:
+            self.bank.observe(self._pending, count=self.count)
         self._pending, self._pending_elements = [], 0
-        lengths = torch.tensor([len(part) for part in values])
-        self.tokens.index_add_(0, torch.tensor(rows), lengths)
-        device = values[0].device
-        segments = Segments(torch.tensor(rows, device=device), lengths.to(device))
-        joined = values[0] if len(values) == 1 else torch.cat(values)
-        self.histogram.observe(joined, segments)
-        if self._per_channel:
-            if self.channels is None:
-                channels, count = joined.shape[1], self.histogram.rows
-                self.channels = ChannelAbsMax(count, channels, device=device)
-            self.channels.observe(joined, segments)
 
 
 class InputTaps(TorchFunctionMode):
@@ -124,23 +118,23 @@ class InputTaps(TorchFunctionMode):
     Args:
         sites: what to look for.
         weights: of the layer; they must not move while this lives.
-        see: called with site, row and input [N, C] of every product.
+        see: called with site, weight's key, row and input [N, C] of every product.
     """
 
     def __init__(
         self,
         sites: Iterable[Site],
         weights: Mapping[str, Tensor],
-        see: Callable[[Site, int, Tensor], None],
+        see: Callable[[Site, str, int, Tensor], None],
     ) -> None:
         super().__init__()
         self._see = see
-        self._known: dict[int, tuple[Site, int, torch.Size]] = {}
-        for site in sites:
-            weight = weights[site.key]
+        self._known: dict[int, tuple[Site, str, int, torch.Size]] = {}
+        for site, key in [(one, key) for one in sites for key in one.keys]:
+            weight = weights[key]
             matrices = weight.unbind(0) if weight.ndim == 3 else (weight,)
             for row, matrix in enumerate(matrices):
-                self._known[matrix.data_ptr()] = (site, row, matrix.shape)
+                self._known[matrix.data_ptr()] = (site, key, row, matrix.shape)
 
     def __torch_function__(
         self,
@@ -154,11 +148,11 @@ class InputTaps(TorchFunctionMode):
         if func is F.linear:
             found = self._known.get(args[1].data_ptr())
             if found is not None:
-                site, row, shape = found
+                site, key, row, shape = found
                 if args[1].shape != shape:
                     raise CalibrationError(
                         f"{site.name} is computed in pieces {list(args[1].shape)}, expected "
                         f"{list(shape)}"
                     )
-                self._see(site, row, args[0])
+                self._see(site, key, row, args[0])
         return func(*args, **(kwargs or {}))

@@ -30,6 +30,7 @@ class EncodedWeight:
         scheme: of weights and activations.
         scale: name of the tensor that multiplies it.
         input_scale: name of its static activation scale, None where there is none.
+        packed: stored as int32 words of four codes, 128 added to each.
     """
 
     module: str
@@ -37,6 +38,22 @@ class EncodedWeight:
     scheme: ModuleScheme
     scale: str
     input_scale: str | None
+    packed: bool = False
+
+    @property
+    def stored(self) -> str:
+        """Name of the tensor that holds its values."""
+        return f"{self.module}.weight_packed" if self.packed else f"{self.module}.weight"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that holds its values."""
+        return (self.shape[0], -(-self.shape[1] // 4)) if self.packed else self.shape
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """Dtype of the tensor that holds its values."""
+        return np.dtype(np.int32) if self.packed else self.weights.format.dtype
 
     @property
     def weights(self) -> WeightScheme:
@@ -49,37 +66,38 @@ class EncodedWeight:
         """Which elements share a scale."""
         return self.weights.granularity
 
-    def decode(self, values: npt.NDArray[Any], scale: npt.NDArray[Any], source: str) -> Quantized:
-        """Put values and scale together.
+    def first_row(self, row: int) -> int:
+        """Return the first row of the tiles that hold `row`."""
+        if self.granularity.kind is GranularityKind.TENSOR:
+            return row
+        tile, _ = self.granularity.tile(self.shape)
+        return row // tile * tile
+
+    def decode(
+        self, stored: npt.NDArray[Any], scale: npt.NDArray[Any], rows: tuple[int, int]
+    ) -> Quantized:
+        """Put some rows of the values and their scale together.
 
         Args:
-            values: as stored, [out, in].
-            scale: as stored, any of the shapes that are in use.
-            source: what to call the scale in messages.
+            stored: all values, as they are in the file.
+            scale: all of the scale, in any of the shapes that are in use.
+            rows: [start, stop); start is a `first_row`.
 
         Raises:
             CheckpointError: a scale that is not a positive finite number.
         """
-        shape = self.granularity.scale_shape(self.shape)
-        factors = scale.astype(np.float32).reshape(shape)
+        start, stop = rows
+        values = stored[start:stop]
+        if self.packed:
+            codes = np.ascontiguousarray(values).view(np.uint8)[:, : self.shape[1]]
+            values = np.bitwise_xor(codes, np.uint8(0x80)).view(np.int8)
+        factors = scale.astype(np.float32).reshape(self.granularity.scale_shape(self.shape))
         if not (np.isfinite(factors) & (factors > 0)).all():
-            raise CheckpointError(f"{source} holds a value that is not positive and finite")
-        return Quantized(values=values, weight_scale=factors, granularity=self.granularity)
-
-    def take_rows(self, quantized: Quantized, start: int, stop: int) -> tuple[Quantized, int]:
-        """Return the rows of tiles that cover rows [start, stop), and the first row's position."""
-        if self.granularity.kind is GranularityKind.TENSOR:
-            scale, first = quantized.weight_scale, start
-        else:
+            raise CheckpointError(f"{self.scale} holds a value that is not positive and finite")
+        if self.granularity.kind is not GranularityKind.TENSOR:
             tile, _ = self.granularity.tile(self.shape)
-            first = start // tile * tile
-            scale = quantized.weight_scale[start // tile : -(-stop // tile)]
-        part = Quantized(
-            values=quantized.values[first:stop],
-            weight_scale=scale,
-            granularity=quantized.granularity,
-        )
-        return part, start - first
+            factors = factors[start // tile : -(-stop // tile)]
+        return Quantized(values=values, weight_scale=factors, granularity=self.granularity)
 
 
 def encoded_weights(
@@ -97,13 +115,14 @@ def encoded_weights(
         return {}
     modules = [name.removesuffix(".weight") for name in _quantizable(specs)]
     found = {}
-    for module, scheme in stored.resolve(modules, present).items():
+    for module, group in stored.resolve(modules, present).items():
         found[f"{module}.weight"] = EncodedWeight(
             module=module,
             shape=specs[f"{module}.weight"].shape,
-            scheme=scheme,
+            scheme=group.scheme,
             scale=f"{module}.{stored.scale_name}",
-            input_scale=f"{module}.input_scale" if scheme.needs_stats else None,
+            input_scale=f"{module}.input_scale" if group.scheme.needs_stats else None,
+            packed=group.packed,
         )
     return found
 
@@ -111,7 +130,10 @@ def encoded_weights(
 def scale_tensors(
     config: RingConfig, encoded: Mapping[str, EncodedWeight], present: Collection[str]
 ) -> dict[str, Shapes]:
-    """Return the names of all scales that have to be there, with the shapes that they may have."""
+    """Return what has to be there beside values, with the shapes that it may have.
+
+    These are scales, and the shapes of packed weights.
+    """
     one: Shapes = ((1,), ())
     scales: dict[str, Shapes] = {}
     for weight in encoded.values():
@@ -121,6 +143,8 @@ def scale_tensors(
             scales[weight.scale] = (shape, shape[:1])
         if weight.input_scale is not None:
             scales[weight.input_scale] = one
+        if weight.packed:
+            scales[f"{weight.module}.weight_shape"] = ((2,),)
     if config.quantization is not None and config.quantization.kv_cache is not None:
         names = [name for layer in config.softmax_layers for name in kv_scale_names(layer)]
         if any(name in present for name in names):  # engines take 1.0 where none is given
@@ -140,9 +164,11 @@ def check_dtypes(infos: Mapping[str, TensorInfo], encoded: Mapping[str, EncodedW
     Raises:
         CheckpointError: another dtype; the message names tensor and file.
     """
+    stored = {weight.stored: weight.stored_dtype for weight in encoded.values()}
     for name, info in infos.items():
-        weight = encoded.get(name)
-        allowed = FLOAT_DTYPES if weight is None else (weight.weights.format.dtype,)
+        allowed: tuple[np.dtype[Any], ...] = (stored[name],) if name in stored else FLOAT_DTYPES
+        if name.endswith(".weight_shape"):
+            allowed = (np.dtype(np.int64), np.dtype(np.int32))
         if info.dtype not in allowed:
             raise CheckpointError(
                 f"{info.file}: tensor {name} has dtype {info.dtype}, expected "

@@ -26,7 +26,8 @@ from ringexport.ops.schemes import (
 __all__ = ["QuantizedGroup", "StoredQuantization", "read_quantization"]
 
 _LINEAR = "Linear"
-_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
+_PACKED = "pack-quantized"
+_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", _PACKED)
 _CONFIG_KEYS = frozenset(
     {
         "config_groups",
@@ -68,7 +69,7 @@ _BLOCK_FP8_KEYS = frozenset(
         "weight_block_size",
     }
 )
-_HINT = "8-bit float-quantized, int-quantized and naive-quantized checkpoints can be read"
+_HINT = f"8-bit checkpoints in the formats {', '.join(_FORMATS)} can be read"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +79,12 @@ class QuantizedGroup:
     Attributes:
         targets: names, ``re:`` expressions, or the class name "Linear".
         scheme: how they are quantized.
+        packed: INT8 codes are stored with 128 added, four to an int32, as ``weight_packed``.
     """
 
     targets: tuple[str, ...]
     scheme: ModuleScheme
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,27 +107,29 @@ class StoredQuantization:
     scale_name: str = "weight_scale"
     by_presence: bool = False
 
-    def resolve(self, modules: Iterable[str], present: Collection[str]) -> dict[str, ModuleScheme]:
-        """Return the scheme of each quantized module.
+    def resolve(
+        self, modules: Iterable[str], present: Collection[str]
+    ) -> dict[str, QuantizedGroup]:
+        """Return the group of each quantized module.
 
         Args:
             modules: names of all modules that can be quantized.
             present: names of all tensors in the files.
         """
         if self.by_presence:
-            scheme = self.groups[0].scheme
-            return {name: scheme for name in modules if f"{name}.{self.scale_name}" in present}
+            group = self.groups[0]
+            return {name: group for name in modules if f"{name}.{self.scale_name}" in present}
         ignored = _Matcher(self.ignore)
         matchers = [(_Matcher(group.targets), group) for group in self.groups]
-        schemes = {}
+        chosen = {}
         for name in modules:
             if ignored(name):
                 continue
             found = [group for matches, group in matchers if matches(name)]
             found = found or [group for group in self.groups if _LINEAR in group.targets]
             if found:
-                schemes[name] = found[0].scheme
-        return schemes
+                chosen[name] = found[0]
+        return chosen
 
 
 def read_quantization(values: object, source: str) -> StoredQuantization:
@@ -196,7 +201,10 @@ def _group(values: object, source: str, outer_format: str) -> QuantizedGroup:
         weights=WeightScheme(format=number_format, granularity=granularity),
         activations=_activations(inputs, f"{source}.input_activations") if inputs else None,
     )
-    return QuantizedGroup(targets=targets, scheme=scheme)
+    packed = (fields.raw("format") or outer_format) == _PACKED
+    if packed and (number_format is not NumberFormat.INT8 or inputs):
+        raise ConfigError(f"{source} packs what is not INT8 weights alone", hint=_HINT)
+    return QuantizedGroup(targets=targets, scheme=scheme, packed=packed)
 
 
 def _activations(values: object, source: str) -> ActivationScheme:

@@ -35,6 +35,8 @@ _DTYPES: Mapping[str, "np.dtype[Any]"] = {
     "F32": np.dtype(np.float32),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
 }
 FLOAT_DTYPES = (_DTYPES["BF16"], _DTYPES["F16"], _DTYPES["F32"])
 """Dtypes of what is not quantized."""
@@ -46,7 +48,8 @@ class TensorInfo:
 
     Attributes:
         name: as in the file.
-        dtype: stored dtype: bfloat16 or float8_e4m3fn (ml_dtypes), float16, float32 or int8.
+        dtype: stored dtype: bfloat16 or float8_e4m3fn (ml_dtypes), float16, float32, int8; int32
+            and int64 in packed weights only.
         shape: sizes, outermost first.
         nbytes: stored size.
         file: the file that holds it.

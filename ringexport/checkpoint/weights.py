@@ -7,7 +7,7 @@ are done, so a checkpoint larger than memory can be walked through.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ringexport.checkpoint.config import RingConfig
 from ringexport.checkpoint.encoded import (
+    EncodedWeight,
     check_dtypes,
     encoded_weights,
     kv_scale_names,
@@ -89,7 +90,8 @@ class CheckpointWeights:
         self._scales = scale_tensors(config, self._encoded, self._owners)
         self._check_names()
         self._check_shapes()
-        check_dtypes({name: self.info(name) for name in self._owners}, self._encoded)
+        infos = {name: shard.tensors[name] for name, shard in self._owners.items()}
+        check_dtypes(infos, self._encoded)
 
     @classmethod
     def open(cls, path: Path, *, rope_scaling: Mapping[str, Any] | None = None) -> Self:
@@ -136,12 +138,17 @@ class CheckpointWeights:
         return tuple(self._specs)
 
     def info(self, name: str) -> TensorInfo:
-        """Return dtype, shape, size and place of a tensor.
+        """Return dtype, shape, size and place of a tensor; a packed weight counts as unpacked.
 
         Raises:
             MissingTensorError: no such tensor.
         """
-        return self._owner(name).tensors[name]
+        weight = self._encoded.get(name)
+        if weight is None or not weight.packed:
+            return self._owner(name).tensors[name]
+        info = self._owner(weight.stored).tensors[weight.stored]
+        dtype = weight.weights.format.dtype
+        return replace(info, name=name, dtype=dtype, shape=weight.shape)
 
     def files(self) -> list[Path]:
         """Return the files that make up the checkpoint: config, index if any, weights."""
@@ -172,8 +179,8 @@ class CheckpointWeights:
         weight = self._encoded.get(name)
         if weight is None or start == stop:
             return self.read(name)[start:stop]
-        part, first = weight.take_rows(self.quantized(name), start, stop)
-        return dequantize(part)[first:]
+        first = weight.first_row(start)
+        return dequantize(self._decode(weight, first, stop))[start - first :]
 
     def read_f32(self, name: str) -> npt.NDArray[np.float32]:
         """Return a tensor as a new fp32 array, its values checked, and release its pages.
@@ -201,11 +208,9 @@ class CheckpointWeights:
             MissingTensorError: no such tensor.
         """
         weight = self._encoded.get(name)
-        owner = self._owner(name)
         if weight is None:
-            raise CheckpointError(f"{name} of {self.path} is not quantized")
-        scale = self._owner(weight.scale).read(weight.scale)
-        return weight.decode(owner.read(name), scale, weight.scale)
+            raise CheckpointError(f"{self._owner(name).path}: {name} is not quantized")
+        return self._decode(weight, 0, weight.shape[0])
 
     def input_scale(self, module: str) -> float | None:
         """Return the static scale of a module's input (it multiplies), None without one.
@@ -241,7 +246,9 @@ class CheckpointWeights:
 
     def release(self, name: str) -> None:
         """Drop a tensor's pages from memory; arrays that view them load them again."""
-        self._owner(name).release(name)
+        weight = self._encoded.get(name)
+        stored = name if weight is None else weight.stored
+        self._owner(stored).release(stored)
 
     def summary(self) -> CheckpointSummary:
         """Add up what the checkpoint holds, without reading data."""
@@ -262,6 +269,11 @@ class CheckpointWeights:
             files={shard.path.name: shard.size_bytes for shard in self._shards},
         )
 
+    def _decode(self, weight: EncodedWeight, start: int, stop: int) -> Quantized:
+        scale = self._owner(weight.scale).read(weight.scale)
+        stored = self._owner(weight.stored).read(weight.stored)
+        return weight.decode(stored, scale, (start, stop))
+
     def _positive(self, name: str) -> float:
         found = float(self._owner(name).read(name).reshape(-1)[0])
         if not 0 < found < float("inf"):
@@ -276,7 +288,10 @@ class CheckpointWeights:
 
     def _check_names(self) -> None:
         """Compare the names in the files with those that the config calls for."""
-        known = self._specs.keys() | self._scales.keys()
+        values = [
+            self._encoded[name].stored if name in self._encoded else name for name in self._specs
+        ]
+        known = {*values, *self._scales}
         unknown = [name for name in self._owners if name not in known]
         if unknown:
             raise UnknownTensorError(
@@ -284,7 +299,7 @@ class CheckpointWeights:
                 f"{first_names(unknown)}",
                 hint=_explain_unknown(unknown, self.config.num_hidden_layers),
             )
-        missing = [name for name in (*self._specs, *self._scales) if name not in self._owners]
+        missing = [name for name in (*values, *self._scales) if name not in self._owners]
         if missing:
             raise MissingTensorError(
                 f"{self.path} lacks {len(missing)} of {len(known)} tensors: {first_names(missing)}",
@@ -292,11 +307,16 @@ class CheckpointWeights:
             )
 
     def _check_shapes(self) -> None:
-        expected = {name: (spec.shape,) for name, spec in self._specs.items()} | self._scales
-        wrong = [name for name, shapes in expected.items() if self.info(name).shape not in shapes]
+        plain = {
+            name: (spec.shape,) for name, spec in self._specs.items() if name not in self._encoded
+        }
+        stored = {weight.stored: (weight.stored_shape,) for weight in self._encoded.values()}
+        expected = plain | stored | self._scales
+        infos = {name: self._owner(name).tensors[name] for name in expected}
+        wrong = [name for name, shapes in expected.items() if infos[name].shape not in shapes]
         if not wrong:
             return
-        info, shape = self.info(wrong[0]), expected[wrong[0]][0]
+        info, shape = infos[wrong[0]], expected[wrong[0]][0]
         others = f"; {count_tensors(wrong[1:])} more of the wrong shape" if wrong[1:] else ""
         raise CheckpointError(
             f"{info.file}: tensor {info.name} has shape {list(info.shape)}, expected "

@@ -27,7 +27,7 @@ __all__ = [
     "row_slabs",
 ]
 
-SLAB_ELEMENTS = 1 << 16
+SLAB_ELEMENTS = 1 << 17
 """Elements handled at once: the temporary arrays of one slab stay in the L2 cache."""
 
 _PATTERN = re.compile(r"(tensor|channel|token|group|block)(?:\(\s*(\d+)\s*(?:,\s*(\d+)\s*)?\))?")

@@ -11,11 +11,13 @@ from ringexport.ops.quantization import Granularity, GranularityKind, NumberForm
 from ringexport.ops.schemes import ActivationMode, ModuleScheme, WeightObserver
 from ringexport.quantize.resolve import ResolvedRecipe
 
-__all__ = ["quantization_config"]
+__all__ = ["is_packed", "quantization_config"]
 
 _TYPES = {NumberFormat.FP8_E4M3: "float", NumberFormat.INT8: "int"}
 _FORMATS = {NumberFormat.FP8_E4M3: "float-quantized", NumberFormat.INT8: "int-quantized"}
 _WEIGHT_ONLY = "naive-quantized"
+_PACKED = "pack-quantized"
+_PACKED_KINDS = frozenset({GranularityKind.CHANNEL, GranularityKind.GROUP})
 _MIXED = "mixed-precision"
 _OBSERVERS = {WeightObserver.ABSMAX: "minmax", WeightObserver.MSE: "mse"}
 _ALWAYS_IGNORED = ("model.word_embeddings", r"re:model\.layers\.\d+\.mlp\.gate$")
@@ -58,6 +60,25 @@ def quantization_config(resolved: ResolvedRecipe) -> dict[str, Any]:
     return config
 
 
+def is_packed(scheme: ModuleScheme) -> bool:
+    """Say whether weights are written as ``weight_packed``: INT8 without quantized activations.
+
+    Engines load such weights in no other form. Tiles are not known to them, and are not packed.
+    """
+    weights = scheme.weights
+    return (
+        weights is not None
+        and scheme.activations is None
+        and weights.format is NumberFormat.INT8
+        and weights.granularity.kind in _PACKED_KINDS
+    )
+
+
+def _format(scheme: ModuleScheme) -> str:
+    assert scheme.weights is not None
+    return _WEIGHT_ONLY if scheme.activations is None else _FORMATS[scheme.weights.format]
+
+
 def _group(scheme: ModuleScheme, targets: list[str]) -> dict[str, Any]:
     weights, activations = scheme.weights, scheme.activations
     assert weights is not None
@@ -66,7 +87,7 @@ def _group(scheme: ModuleScheme, targets: list[str]) -> dict[str, Any]:
         dynamic = activations.mode is ActivationMode.DYNAMIC
         inputs = _arguments(activations.format, activations.granularity, dynamic=dynamic)
     return {
-        "format": _FORMATS[weights.format] if inputs else _WEIGHT_ONLY,
+        "format": _PACKED if is_packed(scheme) else _format(scheme),
         "input_activations": inputs,
         "output_activations": None,
         "targets": targets,

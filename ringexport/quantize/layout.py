@@ -1,6 +1,7 @@
 """Decide before anything is written which tensor of the output lies where: all bytes are known."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,19 +10,24 @@ import ml_dtypes
 import numpy as np
 
 from ringexport.checkpoint import CheckpointWeights
-from ringexport.ops.schemes import WeightScheme
+from ringexport.ops.schemes import ModuleScheme, WeightScheme
+from ringexport.quantize.compressed_tensors import is_packed
 from ringexport.quantize.resolve import ResolvedRecipe
 
 __all__ = ["OutputShard", "OutputTensor", "OutputUnit", "plan_shards", "shard_header"]
 
 Dtype = np.dtype[Any]
 _F32 = np.dtype(np.float32)
+_I32 = np.dtype(np.int32)
+_I64 = np.dtype(np.int64)
 _CODES: Mapping[Dtype, str] = {
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(np.float16): "F16",
     _F32: "F32",
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
     np.dtype(np.int8): "I8",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
 }
 
 
@@ -40,7 +46,7 @@ class OutputTensor:
     @property
     def nbytes(self) -> int:
         """Stored size."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +58,9 @@ class OutputUnit:
         module: its name without ".weight".
         shape: of the source.
         scheme: None where the tensor is copied.
-        tensors: what is written: the tensor itself, then its weight_scale, if it has one.
+        packed: whether codes are written four to an int32, and the shape after the scale.
+        tensors: what is written: the tensor itself, then its weight_scale, if it has one, then
+            the weight_shape of a packed one.
         constants: fp32 scalars written after them, name -> value: scales from calibration.
         source_bytes: what is read.
     """
@@ -61,6 +69,7 @@ class OutputUnit:
     module: str
     shape: tuple[int, ...]
     scheme: WeightScheme | None
+    packed: bool
     tensors: tuple[OutputTensor, ...]
     constants: Mapping[str, float]
     source_bytes: int
@@ -117,11 +126,7 @@ def plan_shards(
     """
     groups: list[list[OutputUnit]] = [[]]
     size = 0
-    schemes = {
-        name: entry.scheme.weights
-        for name, entry in resolved.quantized.items()
-        if entry.scheme.weights is not None
-    }
+    schemes = {name: entry.scheme for name, entry in resolved.quantized.items()}
     for name in weights.names():
         unit = _unit(weights, schemes, name, constants.get(name, {}))
         if groups[-1] and size + unit.nbytes > max_shard_bytes:
@@ -155,27 +160,34 @@ def shard_header(tensors: Sequence[OutputTensor]) -> bytes:
 
 def _unit(
     weights: CheckpointWeights,
-    schemes: Mapping[str, WeightScheme],
+    schemes: Mapping[str, ModuleScheme],
     name: str,
     constants: Mapping[str, float],
 ) -> OutputUnit:
     info = weights.info(name)
     module = name.removesuffix(".weight")
-    scheme = schemes.get(module)
+    chosen = schemes.get(module, ModuleScheme())
+    scheme, packed = chosen.weights, is_packed(chosen)
     tensors: tuple[OutputTensor, ...]
     if scheme is None:
         tensors = (OutputTensor(name=name, dtype=info.dtype, shape=info.shape),)
     else:
         shape = scheme.granularity.scale_shape(info.shape)
-        tensors = (
-            OutputTensor(name=name, dtype=scheme.format.dtype, shape=info.shape),
-            OutputTensor(name=f"{module}.weight_scale", dtype=_F32, shape=shape),
-        )
+        values = OutputTensor(name=name, dtype=scheme.format.dtype, shape=info.shape)
+        tensors = (values, OutputTensor(name=f"{module}.weight_scale", dtype=_F32, shape=shape))
+        if packed:
+            words = (info.shape[0], -(-info.shape[1] // 4))
+            tensors = (
+                OutputTensor(name=f"{module}.weight_packed", dtype=_I32, shape=words),
+                tensors[1],
+                OutputTensor(name=f"{module}.weight_shape", dtype=_I64, shape=(2,)),
+            )
     return OutputUnit(
         source=name,
         module=module,
         shape=info.shape,
         scheme=scheme,
+        packed=packed,
         tensors=tensors,
         constants=constants,
         source_bytes=info.nbytes,

@@ -306,14 +306,16 @@ def _write_rest(job: _Job, directory: WorkDirectory, saturated: Mapping[str, int
     config.pop("quantization", None)
     config["quantization_config"] = quantization_config(job.resolved)
     directory.write_json(_CONFIG_NAME, config)
+    names = [_CONFIG_NAME, REPORT_NAME, *(shard.name for shard in job.shards)]
     if len(job.shards) > 1:
         directory.write_json(INDEX_NAME, _index(job.shards))
+        names.append(INDEX_NAME)
     for path in _sidecars(source):
         shutil.copyfile(path, directory.path / path.name)
         sync_path(directory.path / path.name)
+        names.append(path.name)
+    directory.write_json(REPORT_NAME, _report(job, saturated, names))
     directory.remove_notes()
-    names = sorted(path.name for path in directory.path.iterdir() if path.name[0] != ".")
-    directory.write_json(REPORT_NAME, _report(job, saturated, [*names, REPORT_NAME]))
 
 
 def _index(shards: tuple[OutputShard, ...]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def real_values(slab: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     if slab.dtype != _BF16:
         return slab.astype(np.float32, order="C")
     words = slab.view(np.uint16).astype(np.uint32, order="C")
-    return np.left_shift(words, 16, out=words).view(np.float32)
+    return np.left_shift(words, np.uint32(16), out=words).view(np.float32)
 
 
 def reduce_tiles(

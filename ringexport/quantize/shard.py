@@ -1,5 +1,6 @@
 """Write one safetensors file: blocks of rows are quantized by threads and written in order."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,8 +73,8 @@ class ShardWriter:
         with ThreadPoolExecutor(self.threads) as pool, path.open("wb") as file:
             file.write(shard_header(shard.outputs))
             for block in _in_order(pool, self._jobs(shard), ahead=self.threads + 1):
-                file.write(_bytes(block.values))
                 unit = block.unit
+                file.write(_bytes(_packed(block.values) if unit.packed else block.values))
                 if block.quantized is not None:
                     scales.append(block.quantized.weight_scale)
                     count = saturated.get(unit.module, 0)
@@ -149,7 +150,7 @@ class ShardWriter:
 def _row_blocks(unit: OutputUnit) -> Iterator[tuple[int, int]]:
     """Yield row ranges that no row of tiles crosses, a single one for small tensors."""
     rows = unit.shape[0]
-    columns = int(np.prod(unit.shape[1:], dtype=np.int64))
+    columns = math.prod(unit.shape[1:])
     step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
     if unit.scheme is not None and unit.scheme.granularity.kind is GranularityKind.BLOCK:
         tile = unit.scheme.granularity.rows
@@ -161,6 +162,8 @@ def _write_scales(file: BinaryIO, unit: OutputUnit, scales: list[npt.NDArray[np.
     if unit.scheme is not None:
         shared = unit.scheme.granularity.kind is GranularityKind.TENSOR
         file.write(_bytes(scales[0] if shared else np.concatenate(scales)))
+    if unit.packed:
+        file.write(_bytes(np.array(unit.shape, np.int64)))
     for value in unit.constants.values():
         file.write(np.float32(value).tobytes())
 
@@ -178,6 +181,12 @@ def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]], ahead: 
     finally:
         for future in running:
             future.cancel()
+
+
+def _packed(codes: Array) -> Array:
+    """Add 128 to INT8 codes [out, in] and fill rows to whole int32 words with zero bytes."""
+    unsigned = np.bitwise_xor(codes.view(np.uint8), np.uint8(0x80))
+    return np.pad(unsigned, ((0, 0), (0, -unsigned.shape[1] % 4)))
 
 
 def _matrix(array: Array) -> Array:

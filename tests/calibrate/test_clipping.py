@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ringexport.calibrate.clipping import ClipFinder, ClipMethod, round_trip
-from ringexport.calibrate.observers import NUM_BINS, HistogramBank
+from ringexport.calibrate.observers import NUM_BINS, RangeBank
 from ringexport.errors import ConfigError
 from ringexport.ops.quantization import NumberFormat
 from tests.conftest import SEED
@@ -39,9 +39,9 @@ def finder() -> ClipFinder:
     return ClipFinder(percentile=99.9)
 
 
-def bank_of(array: npt.NDArray[np.float32]) -> HistogramBank:
-    bank = HistogramBank(1)
-    bank.observe(torch.from_numpy(array))
+def bank_of(array: npt.NDArray[np.float32]) -> RangeBank:
+    bank = RangeBank(1, array.shape[1])
+    bank.observe([(0, torch.from_numpy(array))])
     return bank
 
 
@@ -157,8 +157,8 @@ def test_rows_do_not_influence_each_other(
     finder: ClipFinder, method: ClipMethod, codes: NumberFormat
 ) -> None:
     banks = [bank_of(samples(kind)) for kind in KINDS]
-    joined = HistogramBank(len(banks) + 1)  # the last row saw nothing
-    for name in ("counts", "exponent", "absmax"):
+    joined = RangeBank(len(banks) + 1, 64)  # the last row saw nothing
+    for name in ("counts", "exponent", "channel_absmax"):
         parts = [getattr(bank, name) for bank in banks]
         setattr(joined, name, torch.cat((*parts, getattr(joined, name)[-1:])))
     found = finder.find(joined, method, codes)

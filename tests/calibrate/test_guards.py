@@ -1,6 +1,8 @@
 """Identity of stats, refusals, and that no module can go unobserved."""
 
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +12,20 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 
 from ringexport.calibrate import CalibrationSettings, calibrate, collect, load_prompts
+from ringexport.calibrate.clipping import ClipFinder
 from ringexport.calibrate.coverage import check_complete, observed_modules
-from ringexport.calibrate.stream import batches_of
+from ringexport.calibrate.stream import Batch, LayerResult, LayerStream, batches_of
 from ringexport.checkpoint import CheckpointWeights
 from ringexport.checkpoint.digest import checkpoint_digest
 from ringexport.errors import BackendUnavailableError, CalibrationError, ConfigError
 from ringexport.model import layers
 from ringexport.ops.decay import DecayIndex
 from ringexport.stats import CLIP_OBSERVERS, CalibrationStats, Quantity
-from tests.calibrate.samples import PROMPTS, SETTINGS, SMALL, Recorder, checkpoint, entry
+from tests.calibrate import samples
+from tests.calibrate.samples import PROMPTS, SMALL, Recorder, checkpoint, entry
 
 torch.set_num_threads(1)
+SETTINGS = replace(samples.SETTINGS, sample_tokens=0)  # faster: nothing is searched
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +54,9 @@ def test_two_runs_give_the_same_bytes_and_the_file_keeps_them(
 @pytest.mark.parametrize(
     "changed",
     [
-        CalibrationSettings(batch_tokens=160, max_tokens=20, max_blind_share=1.0),
-        CalibrationSettings(
-            batch_tokens=160, max_tokens=48, max_blind_share=1.0, decay_index=DecayIndex.HF
-        ),
-        CalibrationSettings(batch_tokens=160, max_tokens=48, max_blind_share=1.0, dtype="bfloat16"),
+        replace(SETTINGS, max_tokens=20),
+        replace(SETTINGS, decay_index=DecayIndex.HF),
+        replace(SETTINGS, dtype="bfloat16"),
     ],
     ids=["max_tokens", "decay_index", "dtype"],
 )
@@ -120,16 +123,46 @@ def test_one_expert_that_bypasses_the_taps_is_an_error(
         calibrate(weights, PROMPTS, SETTINGS)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_output_gate_has_to_read_what_the_projection_reads(small: Path, shared: bool) -> None:
+    """Both are one site, observed once, which is right only while their input is one tensor."""
+    with CheckpointWeights.open(small) as weights:
+        config = weights.config
+    shapes = {"query_key_value": (192, 64), "g_proj": (64, 64)}
+    layer = {f"attention.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    index = torch.zeros(0, dtype=torch.int64)  # without samples nothing is searched
+    collector = collect.LayerCollector(0, layer, config, min_expert_tokens=0, sample_index=index)
+    batch = Batch(lengths=torch.tensor([5]), start=0, stop=5)
+    hidden = torch.ones(5, 64)
+    with collector.watch(batch):
+        F.linear(hidden, layer["attention.query_key_value.weight"])
+        F.linear(hidden if shared else hidden.clone(), layer["attention.g_proj.weight"])
+    nothing = LayerResult(
+        hidden=hidden, expert_ids=None, key=None, value=None, recurrent_state=None
+    )
+    collector.finish(batch, nothing)
+    finder = ClipFinder(percentile=99.9)
+    if shared:
+        found = collector.entries(finder)
+        absmax = [
+            found[f"model.layers.0.attention.{name}", Quantity.INPUT_ABSMAX] for name in shapes
+        ]
+        assert absmax == [1.0, 1.0]
+        return
+    with pytest.raises(CalibrationError, match="g_proj was observed with 0 tokens, expected 5"):
+        collector.entries(finder)
+
+
 def test_a_site_that_is_forgotten_is_an_error(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true_sites = collect.layer_sites
 
     def forgetful(prefix: str, weights: dict[str, torch.Tensor]) -> tuple[object, ...]:
-        return tuple(s for s in true_sites(prefix, weights) if s.name != "attention.g_proj")
+        return tuple(s for s in true_sites(prefix, weights) if s.name != "attention.dense")
 
     monkeypatch.setattr(collect, "layer_sites", forgetful)
     with (
         CheckpointWeights.open(small) as weights,
-        pytest.raises(CalibrationError, match=r"2 of \d+ modules were not observed: model\.la"),
+        pytest.raises(CalibrationError, match=r"4 of \d+ modules were not observed: model\.la"),
     ):
         calibrate(weights, PROMPTS, SETTINGS)
 
@@ -163,6 +196,22 @@ def test_tied_embeddings_have_an_lm_head(tmp_path: Path) -> None:
     with CheckpointWeights.open(path) as weights:
         found = calibrate(weights, PROMPTS, SETTINGS)
     assert found.find("lm_head", Quantity.INPUT_ABSMAX) is not None
+
+
+def test_weights_of_one_layer_at_a_time(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    true_load = LayerStream.load
+
+    def load(self: LayerStream, layer: int) -> dict[str, torch.Tensor]:
+        assert not [reference for reference in alive if reference() is not None]
+        loaded = true_load(self, layer)
+        alive.extend(weakref.ref(tensor) for tensor in loaded.values())
+        return loaded
+
+    monkeypatch.setattr(LayerStream, "load", load)
+    with CheckpointWeights.open(small) as weights:
+        calibrate(weights, PROMPTS, SETTINGS)
+    assert len(alive) > 30
 
 
 def test_progress_counts_tokens_times_layers(small: Path) -> None:

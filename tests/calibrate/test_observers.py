@@ -9,9 +9,7 @@ import torch
 from ringexport.calibrate.observers import (
     NUM_BINS,
     AbsMax,
-    ChannelAbsMax,
-    HistogramBank,
-    Segments,
+    RangeBank,
 )
 from ringexport.errors import ShapeError
 from ringexport.ops.quantization import Granularity
@@ -25,17 +23,17 @@ def values(tokens: int = 257, channels: int = 48, seed: int = SEED) -> torch.Ten
     return torch.from_numpy(wild.astype(np.float32))
 
 
-def bank_of(*parts: torch.Tensor) -> HistogramBank:
-    bank = HistogramBank(1)
+def bank_of(*parts: torch.Tensor) -> RangeBank:
+    bank = RangeBank(1, parts[0].shape[1])
     for part in parts:
-        bank.observe(part)
+        bank.observe([(0, part)])
     return bank
 
 
-def assert_same_bank(left: HistogramBank, right: HistogramBank) -> None:
+def assert_same_bank(left: RangeBank, right: RangeBank) -> None:
     assert torch.equal(left.exponent, right.exponent)
     assert torch.equal(left.counts, right.counts)
-    assert torch.equal(left.absmax, right.absmax)
+    assert torch.equal(left.channel_absmax, right.channel_absmax)
 
 
 def test_histogram_is_that_of_numpy_in_fp64() -> None:
@@ -79,16 +77,16 @@ def test_merge_is_associative_and_commutative() -> None:
 
 def test_merge_with_nothing_changes_nothing() -> None:
     bank = bank_of(values())
-    bank.merge(HistogramBank(1))
+    bank.merge(RangeBank(1, 48))
     assert_same_bank(bank, bank_of(values()))
-    empty = HistogramBank(1)
+    empty = RangeBank(1, 48)
     empty.merge(bank)
     assert_same_bank(empty, bank)
 
 
 def test_merge_refuses_another_number_of_rows() -> None:
-    with pytest.raises(ShapeError, match="2 histograms, expected 1"):
-        HistogramBank(1).merge(HistogramBank(2))
+    with pytest.raises(ShapeError, match=r"bank of \[2, 3\] rows and channels, expected \[1, 3\]"):
+        RangeBank(1, 3).merge(RangeBank(2, 3))
 
 
 def test_range_grows_beyond_all_bins_at_once() -> None:
@@ -124,28 +122,34 @@ def test_bf16_counts_as_its_fp32_values() -> None:
 
 def test_rows_of_a_bank_are_banks_of_their_own() -> None:
     data = values(120)
-    rows, lengths = torch.tensor([3, 0, 4]), torch.tensor([20, 99, 1])
-    bank, channels = HistogramBank(5), ChannelAbsMax(5, data.shape[1])
-    for part in (data, data * 3):
-        bank.observe(part, Segments(rows, lengths))
-        channels.observe(part, Segments(rows, lengths))
-    pieces = dict(zip(rows.tolist(), data.split(lengths.tolist()), strict=True))
+    parts = dict(zip((3, 0, 4), data.split((20, 99, 1)), strict=True))
+    bank = RangeBank(5, data.shape[1])
+    bank.observe([*parts.items(), (1, data[:0])])
+    bank.observe([(row, part * 3) for row, part in parts.items()])
     for row in range(5):
-        expected = bank_of(pieces[row], pieces[row] * 3) if row in pieces else HistogramBank(1)
+        expected = RangeBank(1, data.shape[1])
+        if row in parts:
+            expected = bank_of(parts[row], parts[row] * 3)
+            assert torch.equal(bank.channel_absmax[row], parts[row].abs().amax(0) * 3)
         assert torch.equal(bank.counts[row : row + 1], expected.counts)
         assert torch.equal(bank.exponent[row : row + 1], expected.exponent)
         assert torch.equal(bank.absmax[row : row + 1], expected.absmax)
-        largest = pieces[row].abs().amax(0) * 3 if row in pieces else torch.zeros(data.shape[1])
-        assert torch.equal(channels.absmax[row], largest)
     assert_same_bank(bank.total(), bank_of(data, data * 3))
 
 
-def test_channels_merge() -> None:
-    left, right = ChannelAbsMax(1, 3), ChannelAbsMax(1, 3)
-    left.observe(torch.tensor([[1.0, -5.0, 0.0]]))
-    right.observe(torch.tensor([[-2.0, 3.0, 0.0]]))
-    left.merge(right)
-    assert left.absmax.tolist() == [[2.0, 5.0, 0.0]]
+def test_the_same_row_twice_in_one_call() -> None:
+    data = values(40)
+    bank = RangeBank(1, data.shape[1])
+    bank.observe([(0, data[:7]), (0, data[7:])])
+    assert_same_bank(bank, bank_of(data))
+
+
+def test_ranges_without_histograms() -> None:
+    data = values(40)
+    bank = RangeBank(1, data.shape[1])
+    bank.observe([(0, data)], count=False)
+    assert torch.equal(bank.absmax, bank_of(data).absmax)
+    assert int(bank.counts.sum()) == 0
 
 
 @pytest.mark.parametrize("text", ["tensor", "channel", "token", "group(32)", "block(16, 10)"])

@@ -273,10 +273,10 @@ def test_contradictions_are_refused(overrides: dict[str, Any], words: str) -> No
         ({"architectures": ["BailingMoeV2ForCausalLM"]}, "softmax attention in every layer"),
         ({"num_nextn_predict_layers": 1}, "multi-token-prediction (MTP) layers"),
         (
-            {"quantization_config": {"quant_method": "compressed-tensors"}},
-            "quantized checkpoint (quantization_config, method 'compressed-tensors')",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config: quant_method is 'gptq', expected 'compressed-tensors' or 'fp8'",
         ),
-        ({"quantization": {"bits": 4}}, "(quantization, method None), which is not supported yet"),
+        ({"quantization": {"bits": 4}}, "an mlx checkpoint with quantized weights"),
     ],
 )
 def test_relatives_are_refused_by_name(overrides: dict[str, Any], words: str) -> None:

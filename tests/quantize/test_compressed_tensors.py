@@ -10,6 +10,7 @@ import pytest
 from ringexport.checkpoint import CheckpointWeights
 from ringexport.quantize.run import quantize_checkpoint
 from ringexport.quantize.shipped import load_recipe
+from tests.checkpoints import make_checkpoint
 from tests.numerics import assert_same
 from tests.quantize.stats import make_stats
 
@@ -20,6 +21,7 @@ pytest.importorskip(
 torch = pytest.importorskip("torch", reason="compressed-tensors needs torch")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+RECIPES = ("fp8", "fp8-static", "fp8-block", "fp8-all", "int8", "int8-weight-only")
 MIXED = """
 [[rules]]
 targets = ["routed_experts", "shared_experts"]
@@ -45,36 +47,32 @@ def load_tensors(directory: Path) -> dict[str, Any]:
     return tensors
 
 
-@pytest.fixture(
-    scope="module",
-    params=["fp8", "fp8-static", "fp8-block", "fp8-all", "int8", "int8-weight-only", "mixed"],
-)
-def quantized(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: Any) -> Path:
+@pytest.fixture(scope="module", params=[*RECIPES, "mixed", "ragged"])
+def quantized(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: Any
+) -> tuple[Path, Path]:
+    """The source and the output of each recipe; "ragged" has experts of 18 channels."""
     output: Path = tmp_path_factory.mktemp("ct") / request.param
-    name = request.param
+    name, source = request.param, tiny_checkpoint
     if name == "mixed":
         name = str(output.parent / "mixed.toml")
         Path(name).write_text(MIXED, encoding="utf-8")
-    with CheckpointWeights.open(tiny_checkpoint) as weights:
+    if name == "ragged":
+        name = "int8-weight-only"
+        source = make_checkpoint(output.parent / "source", moe_intermediate_size=18)
+    with CheckpointWeights.open(source) as weights:
         stats = make_stats(weights.config)
-    quantize_checkpoint(
-        tiny_checkpoint, output, load_recipe(name), stats=stats, max_shard_bytes=10**9
-    )
-    return output
+    quantize_checkpoint(source, output, load_recipe(name), stats=stats, max_shard_bytes=10**9)
+    return source, output
 
 
-def test_library_dequantizes_to_our_values(quantized: Path) -> None:
-    from compressed_tensors.config import CompressionFormat
+def test_library_dequantizes_to_our_values(quantized: tuple[Path, Path]) -> None:
     from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
 
-    converter = CompressedTensorsDequantizer(str(quantized), dtype=torch.float32)
-    stored = json.loads((quantized / "config.json").read_text())["quantization_config"]
-    for name, group in converter.quant_config.config_groups.items():
-        # This tool guesses pack-quantized for INT8 weights alone; modules go by what is declared.
-        group.format = CompressionFormat(stored["config_groups"][name]["format"])
-    tensors = load_tensors(quantized)
-    found = converter.process(dict(tensors))
-    with CheckpointWeights.open(quantized) as weights:
+    _, output = quantized
+    converter = CompressedTensorsDequantizer(str(output), dtype=torch.float32)
+    found = converter.process(load_tensors(output))
+    with CheckpointWeights.open(output) as weights:
         assert len(weights.schemes) >= 100
         for name in weights.names():
             ours = weights.read(name)
@@ -84,18 +82,19 @@ def test_library_dequantizes_to_our_values(quantized: Path) -> None:
     assert all(name.endswith(("input_scale", "k_scale", "v_scale")) for name in left)
 
 
-def test_library_quantizes_to_our_values(quantized: Path, tiny_checkpoint: Path) -> None:
+def test_library_quantizes_to_our_values(quantized: tuple[Path, Path]) -> None:
     """From the same bf16 weights and scales it gets the same codes; absmax scales agree too."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.quantization.utils import calculate_qparams
     from compressed_tensors.utils.match import match_name
 
-    stored = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    directory, output = quantized
+    stored = json.loads((output / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(stored)
-    if quantized.name == "int8":
+    if output.name == "int8":
         return  # its weights were smoothed
-    source, found = load_tensors(tiny_checkpoint), load_tensors(quantized)
+    source, found = load_tensors(directory), load_tensors(output)
     checked = 0
     for name in [name for name in found if name.endswith(".weight_scale")]:
         module = name.removesuffix(".weight_scale")
@@ -109,9 +108,10 @@ def test_library_quantizes_to_our_values(quantized: Path, tiny_checkpoint: Path)
         assert len(groups) == 1
         state = {"weight": source[f"{module}.weight"].float(), "weight_scale": found[name]}
         compressor = BaseCompressor.get_value_from_registry(groups[0].format)
-        codes = compressor.compress(state, groups[0])["weight"]
-        assert codes.dtype == found[f"{module}.weight"].dtype
-        assert torch.equal(codes.view(torch.uint8), found[f"{module}.weight"].view(torch.uint8))
+        for part, codes in compressor.compress(state, groups[0]).items():
+            ours = found[f"{module}.{part}"]
+            assert codes.dtype == ours.dtype
+            assert torch.equal(codes.view(torch.uint8), ours.view(torch.uint8))
         if groups[0].weights.strategy == "channel":
             weight = state["weight"]
             scale, _ = calculate_qparams(
@@ -122,10 +122,10 @@ def test_library_quantizes_to_our_values(quantized: Path, tiny_checkpoint: Path)
     assert checked >= 100
 
 
-def test_router_is_in_no_group(quantized: Path) -> None:
+def test_router_is_in_no_group(quantized: tuple[Path, Path]) -> None:
     from compressed_tensors.utils.match import match_name
 
-    stored = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    stored = json.loads((quantized[1] / "config.json").read_text())["quantization_config"]
     for module in ("model.layers.1.mlp.gate", "model.word_embeddings"):
         assert any(match_name(module, pattern) for pattern in stored["ignore"])
         for group in stored["config_groups"].values():

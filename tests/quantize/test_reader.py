@@ -215,7 +215,8 @@ GROUP = ("config_groups", "group_0")
 WEIGHTS = (*GROUP, "weights")
 REFUSED = [
     (("quant_method",), "gptq", "quant_method is 'gptq'"),
-    (("format",), "pack-quantized", "format is 'pack-quantized'"),
+    (("format",), "marlin-24", "format is 'marlin-24'"),
+    (("format",), "pack-quantized", "group_0 packs what is not INT8 weights alone"),
     (("format",), ..., "lacks format"),
     (("formatt",), "x", "unknown key 'formatt'"),
     (("config_groups",), {}, "at least one group"),

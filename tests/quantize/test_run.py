@@ -30,13 +30,26 @@ from ringexport.quantize.run import estimate, quantize_checkpoint
 from ringexport.quantize.shard import ShardWriter
 from ringexport.quantize.shipped import load_recipe
 from ringexport.quantize.transforms import fold_sites
-from ringexport.quantize.workdir import REPORT_NAME
+from ringexport.quantize.workdir import REPORT_NAME, WorkDirectory
+from tests.checkpoints import make_checkpoint
 from tests.numerics import assert_same
 from tests.quantize.stats import make_stats
 
 ROOT = Path(__file__).parents[2]
-SMALL_SHARDS = 150_000
+SMALL_SHARDS = 60_000
 RECIPES = ("fp8", "fp8-static", "fp8-block", "fp8-all", "int8", "int8-weight-only")
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Smaller than the shared one: 4 layers, 8 experts."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("run") / "source",
+        num_hidden_layers=4,
+        layer_group_size=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -244,7 +257,7 @@ def test_an_interrupted_run_is_continued(
     quantize(tiny_checkpoint, tmp_path / "whole")
     output = tmp_path / "q"
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_checkpoint, output, progress=Stop(500_000, KeyboardInterrupt()))
+        quantize(tiny_checkpoint, output, progress=Stop(250_000, KeyboardInterrupt()))
     assert not output.exists()
     assert len(leftovers(tmp_path)) == 1
     written: list[str] = []
@@ -262,19 +275,54 @@ def test_an_interrupted_run_is_continued(
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("method", ["remove_notes", "publish"])
+def test_a_run_stopped_at_its_very_end_is_continued(
+    method: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(tiny_checkpoint, tmp_path / "whole")
+
+    def stop(self: WorkDirectory) -> None:
+        raise KeyboardInterrupt(self.path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, method, stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny_checkpoint, tmp_path / "q")
+    quantize(tiny_checkpoint, tmp_path / "q")
+    assert contents(tmp_path / "q") == contents(tmp_path / "whole")
+    assert leftovers(tmp_path) == []
+
+
+def test_packed_weights_of_any_width(tmp_path: Path) -> None:
+    """Rows of 18 codes do not fill whole words; readers see them as if they were not packed."""
+    source = make_checkpoint(tmp_path / "source", moe_intermediate_size=18)
+    quantize(source, tmp_path / "q", "int8-weight-only")
+    with CheckpointWeights.open(source) as plain, CheckpointWeights.open(tmp_path / "q") as found:
+        scheme = found.schemes["lm_head"].weights
+        assert scheme is not None
+        assert "lm_head.weight_packed" in found._owners
+        for module in found.schemes:
+            name = f"{module}.weight"
+            expected = quantize_array(plain.read(name), scheme)
+            assert_same(found.quantized(name).values, expected.values)
+            assert found.info(name).shape == plain.info(name).shape
+            assert_same(found.read_rows(name, 3, 9), dequantize(expected)[3:9])
+            found.release(name)
+
+
 @pytest.mark.parametrize("change", ["recipe", "source", "shards"])
 def test_nothing_stale_is_used(change: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_checkpoint, source)
     output = tmp_path / "q"
     with pytest.raises(KeyboardInterrupt):
-        quantize(source, output, progress=Stop(700_000, KeyboardInterrupt()))
+        quantize(source, output, progress=Stop(350_000, KeyboardInterrupt()))
     if change == "source":
         path = next(source.glob("*00001*.safetensors"))
         tensors = load_file(path)
         tensors["model.layers.0.mlp.up_proj.weight"] = -tensors["model.layers.0.mlp.up_proj.weight"]
         save_file(tensors, path, metadata={"format": "pt"})
-    options: dict[str, Any] = {"max_shard_bytes": 200_000} if change == "shards" else {}
+    options: dict[str, Any] = {"max_shard_bytes": 90_000} if change == "shards" else {}
     recipe = "fp8-block" if change == "recipe" else "fp8"
     result = quantize(source, output, recipe, **options)
     assert result.reused_files == 0
@@ -286,7 +334,7 @@ def test_nothing_stale_is_used(change: str, tiny_checkpoint: Path, tmp_path: Pat
 def test_a_damaged_part_is_written_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "q"
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_checkpoint, output, progress=Stop(700_000, KeyboardInterrupt()))
+        quantize(tiny_checkpoint, output, progress=Stop(350_000, KeyboardInterrupt()))
     work = next(tmp_path.glob("q.tmp-*"))
     shards = sorted(work.glob("*.safetensors"))
     shards[0].write_bytes(shards[0].read_bytes()[:-1])
@@ -305,7 +353,7 @@ def test_a_failure_leaves_the_old_output_and_no_trace(
     quantize(tiny_checkpoint, output, "int8-weight-only")
     before = contents(output)
     with pytest.raises((OutputError, RuntimeError), match=r"No space|bug"):
-        quantize(tiny_checkpoint, output, progress=Stop(300_000, error))
+        quantize(tiny_checkpoint, output, progress=Stop(150_000, error))
     assert contents(output) == before
     assert leftovers(output.parent) == []
 
@@ -399,7 +447,7 @@ def test_kill_nine_at_random_points(tiny_checkpoint: Path, tmp_path: Path) -> No
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        time.sleep(chance.uniform(0.05, 0.9))
+        time.sleep(chance.uniform(0.05, 0.6))
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
