@@ -11,6 +11,7 @@ from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.graph import initializers
 from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.initializers import ComputeDtype
+from ringexport.graph.quantized import QuantizedEmitter
 from ringexport.ops.attention import ATTENTION
 from ringexport.ops.decay import DecayIndex, log_decay
 from ringexport.ops.linear_attention import LINEAR_ATTENTION
@@ -51,6 +52,24 @@ class BlockBuilder:
         self.weights = weights
         self.decay_index = decay_index
         self.dtype = dtype
+        self.quantized = QuantizedEmitter(builder=builder, weights=weights)
+
+    def embedding(self) -> str:
+        """Embedded tokens [B, T, D].
+
+        Beside quantized weights the table keeps the dtype of the checkpoint: only the rows of the
+        tokens are converted, so that it costs no time and half of the space.
+        """
+        source = "model.word_embeddings.weight"
+        stored = {"bfloat16": ComputeDtype.BF16, "float16": ComputeDtype.FP16}
+        dtype = self.dtype
+        if self.weights.schemes:
+            dtype = stored.get(self.weights.info(source).dtype.name, dtype)
+        table = self.builder.weight(initializers.table("embedding", self.weights, source, dtype))
+        rows = self.builder.node("Gather", [table, "tokens"], "embed")
+        if dtype is self.dtype:
+            return rows
+        return self.builder.node("Cast", [rows], "embed_cast", to=self.dtype.onnx)
 
     def linear_attention(self, layer: int, hidden: str, state: list[str], step: Step) -> str:
         """Linear attention with group norm and output gate, before its output projection.
@@ -130,8 +149,14 @@ class BlockBuilder:
         with build.scope("head"):
             normed = self._norm(hidden, "model.norm.weight", "norm", value_name="hidden.final")
         tied = config.tie_word_embeddings
-        source = "model.word_embeddings.weight" if tied else "lm_head.weight"
-        matrix = initializers.transposed_projection("lm_head", self.weights, source, self.dtype)
+        module = "model.word_embeddings" if tied else "lm_head"
+        span = (0, config.vocab_size)
+        logits = self.quantized.projection(normed, module, "lm_head", span, output="logits")
+        if logits is not None:
+            return logits
+        matrix = initializers.transposed_projection(
+            "lm_head", self.weights, f"{module}.weight", self.dtype
+        )
         name = build.weight(matrix)
         if self.dtype is ComputeDtype.FP32:
             return build.node("MatMul", [normed, name], "lm_head.matmul", value="logits")
@@ -150,20 +175,29 @@ class BlockBuilder:
             values={"expert_ids": f"expert_ids.{layer}"},
         )
         experts = [f"{prefix}.experts.{expert}" for expert in range(config.num_experts)]
-        gate_up = initializers.stacked_gate_up_projections(
-            f"layers.{layer}.mlp.experts.gate_up_proj", self.weights, experts, self.dtype
-        )
-        down = initializers.stacked_down_projections(
-            f"layers.{layer}.mlp.experts.down_proj", self.weights, experts, self.dtype
-        )
-        (mixed,) = build.contract(
-            EXPERTS,
-            [flat, expert_ids, routing_weights, build.weight(gate_up), build.weight(down)],
-            {"num_experts": config.num_experts, "top_k": config.num_experts_per_tok},
-            "mlp.experts",
-        )
+        flat = self.quantized.rounded(flat, f"{experts[0]}.gate_proj", "mlp.experts")
+        mixed = self._mixed_experts(layer, [flat, expert_ids, routing_weights], experts)
         shape = build.node("Shape", [normed], "mlp.shape")
         return build.node("Reshape", [mixed, shape], "mlp.routed")
+
+    def _mixed_experts(self, layer: int, inputs: list[str], experts: list[str]) -> str:
+        """Weighted sum of the routed experts [N, D]; inputs as of RingExperts."""
+        build, label = self.builder, f"layers.{layer}.mlp.experts"
+        top_k = self.config.num_experts_per_tok
+        mixed = self.quantized.int8_experts(inputs, experts, "mlp.experts", top_k)
+        if mixed is not None:
+            return mixed
+        matrices = self.quantized.fp8_expert_weights(experts, "mlp.experts")
+        if matrices is None:
+            gate_up = initializers.stacked_gate_up_projections(
+                f"{label}.gate_up_proj", self.weights, experts, self.dtype
+            )
+            down = initializers.stacked_down_projections(
+                f"{label}.down_proj", self.weights, experts, self.dtype
+            )
+            matrices = [build.weight(gate_up), build.weight(down)]
+        attributes = {"num_experts": self.config.num_experts, "top_k": top_k}
+        return build.contract(EXPERTS, [*inputs, *matrices], attributes, "mlp.experts")[0]
 
     def _routing(self) -> Routing:
         config = self.config
@@ -288,9 +322,14 @@ class BlockBuilder:
         rows: tuple[int, int] | None = None,
     ) -> str:
         """Multiply by the matrix of a checkpoint module of a layer, or by some rows of it."""
-        source = f"model.layers.{layer}.{module}.weight"
+        name = f"model.layers.{layer}.{module}"
+        span = rows or (0, self.weights.info(f"{name}.weight").shape[0])
+        quantized = self.quantized.projection(value, name, label, span)
+        if quantized is not None:
+            return quantized
+        value = self.quantized.rounded(value, name, label)
         matrix = initializers.transposed_projection(
-            f"layers.{layer}.{label}", self.weights, source, self.dtype, rows=rows
+            self.builder.scoped(label), self.weights, f"{name}.weight", self.dtype, rows=span
         )
         return self.builder.node("MatMul", [value, self.builder.weight(matrix)], f"{label}.matmul")
 

@@ -45,13 +45,17 @@ class GraphBuilder:
 
     def name(self, label: str) -> str:
         """Return `label` in the current scope, made unique."""
-        stem = ".".join([*self._scope, label])
+        stem = self.scoped(label)
         name, count = stem, 1
         while name in self._used:
             count += 1
             name = f"{stem}_{count}"
         self._used.add(name)
         return name
+
+    def scoped(self, label: str) -> str:
+        """Return `label` in the current scope, as it is."""
+        return ".".join([*self._scope, label])
 
     def node(
         self,
@@ -96,7 +100,7 @@ class GraphBuilder:
             values: names for outputs that the graph exposes, by their name in the contract.
         """
         self.functions[spec.name] = spec.function(spec.name, attributes)
-        stem = ".".join([*self._scope, label])
+        stem = self.scoped(label)
         given = values or {}
         names = [given.get(arg.name, f"{stem}/{arg.name}") for arg in spec.outputs]
         return self.multi_node(spec.name, inputs, label, names, domain=DOMAIN, **attributes)

@@ -55,8 +55,7 @@ def build_network(
     blocks = BlockBuilder(builder, config, weights, decay_index, dtype)
     step = _step(builder, config)
     inputs, outputs, probes = _plain_inputs(), [], []
-    embedding = initializers.table("embedding", weights, "model.word_embeddings.weight", dtype)
-    hidden = builder.node("Gather", [builder.weight(embedding), "tokens"], "embed")
+    hidden = blocks.embedding()
     for layer, kind in enumerate(config.layer_kinds):
         past = _state_infos(config, layer, dtype, "past")
         present = _state_infos(config, layer, dtype, "present")

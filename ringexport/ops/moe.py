@@ -8,7 +8,7 @@ import numpy.typing as npt
 from ringexport.ops.spec import Attributes, OpSpec, TensorArg
 from ringexport.tensors import match
 
-__all__ = ["EXPERTS", "ROUTER", "Routing", "experts", "router"]
+__all__ = ["EXPERTS", "INT8_EXPERTS", "ROUTER", "Routing", "experts", "router"]
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -158,10 +158,10 @@ def _open_groups_body(attributes: Attributes, per_group: int) -> str:
     """
 
 
-def _experts_body(attributes: Attributes) -> str:
-    # The expert op of ONNX Runtime routes by itself: top-k of a softmax over its router input.
-    # Logarithms of our weights at our experts, and a value that underflows elsewhere, make it
-    # select exactly these experts with exactly these weights, up to their sum.
+def _routed_body(attributes: Attributes, op: str, inputs: str, extra: str = "") -> str:
+    # The expert ops of ONNX Runtime route by themselves: top-k of a softmax over their router
+    # input. Logarithms of our weights at our experts, and a value that underflows elsewhere, make
+    # them select exactly these experts with exactly these weights, up to their sum.
     unrouted_row = ", ".join(["-1e4"] * int(attributes["num_experts"]))
     return f"""
     last_axis = Constant <value_ints = [-1]> ()
@@ -174,13 +174,23 @@ def _experts_body(attributes: Attributes) -> str:
     blank = Expand (unrouted_row, num_tokens_by_one)
     router_logits_float = ScatterElements <axis = -1> (blank, expert_ids, floored)
     router_logits = CastLike (router_logits_float, hidden)
-    mixed = com.microsoft.MoE <
+    mixed = com.microsoft.{op} <
         k = {attributes["top_k"]}, activation_type = "swiglu", swiglu_fusion = 1,
-        activation_alpha = 1.0, activation_beta = 0.0, normalize_routing_weights = 1
-    > (hidden, router_logits, gate_up_proj, , down_proj)
+        activation_alpha = 1.0, activation_beta = 0.0, normalize_routing_weights = 1{extra}
+    > (hidden, router_logits, {inputs})
     total_like = CastLike (total, hidden)
     output = Mul (mixed, total_like)
     """
+
+
+def _experts_body(attributes: Attributes) -> str:
+    return _routed_body(attributes, "MoE", "gate_up_proj, , down_proj")
+
+
+def _int8_experts_body(attributes: Attributes) -> str:
+    inputs = "gate_up_proj, gate_up_scale, , down_proj, down_scale"
+    extra = f", expert_weight_bits = 8, block_size = {attributes['block_size']}"
+    return _routed_body(attributes, "QMoE", inputs, extra)
 
 
 _NUM_EXPERTS = {"num_experts": "E", "top_k": "experts per token, k"}
@@ -222,4 +232,19 @@ EXPERTS = OpSpec(
     outputs=(TensorArg(name="output", shape="N D", dtype="float", text="sum of the experts"),),
     attributes=_NUM_EXPERTS,
     function_body=_experts_body,
+)
+
+INT8_EXPERTS = OpSpec(
+    name="RingInt8Experts",
+    summary="RingExperts with int8 weights; inputs are quantized to int8 per block, dynamically.",
+    inputs=(
+        *EXPERTS.inputs[:3],
+        TensorArg(name="gate_up_proj", shape="E 2*I D", dtype="uint8", text="codes, 128 is zero"),
+        TensorArg(name="gate_up_scale", shape="E 2*I D/S", dtype="fp32", text="S the block size"),
+        TensorArg(name="down_proj", shape="E D I", dtype="uint8", text="codes, 128 is zero"),
+        TensorArg(name="down_scale", shape="E D I/S", dtype="fp32", text="real = code * scale"),
+    ),
+    outputs=EXPERTS.outputs,
+    attributes={**_NUM_EXPERTS, "block_size": "S, divides D and I"},
+    function_body=_int8_experts_body,
 )

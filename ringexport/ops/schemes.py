@@ -11,6 +11,7 @@ __all__ = [
     "ActivationScheme",
     "KvCacheScheme",
     "ModuleScheme",
+    "StateFormat",
     "WeightObserver",
     "WeightScheme",
 ]
@@ -25,6 +26,16 @@ class WeightObserver(StrEnum):
 
     ABSMAX = "absmax"
     MSE = "mse"
+
+
+class StateFormat(StrEnum):
+    """The format of the recurrent state; all but fp32 are experiments."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP8_E4M3 = "fp8_e4m3"
+    INT8 = "int8"
 
 
 class ActivationMode(StrEnum):

@@ -41,6 +41,8 @@ class OpSpec:
         attributes: name to meaning, in order.
         function_body: renders the ONNX function, as ONNX text, for given attribute values. It uses
             only ops that ONNX Runtime runs.
+        references_attributes: the body refers to attributes of the node instead, so that one
+            function serves nodes with different values.
     """
 
     name: str
@@ -49,20 +51,22 @@ class OpSpec:
     outputs: tuple[TensorArg, ...]
     attributes: Mapping[str, str]
     function_body: Callable[[Attributes], str]
+    references_attributes: bool = False
 
     def function(self, name: str, attributes: Attributes) -> str:
         """Return the ONNX text of a model-local function called `name` in `DOMAIN`.
 
-        The attribute values are written into the body, because a shape cannot be computed from
-        an attribute reference.
+        Most bodies have the attribute values written into them, because a shape cannot be computed
+        from an attribute reference.
         """
         inputs = ", ".join(arg.name for arg in self.inputs)
         outputs = ", ".join(arg.name for arg in self.outputs)
         imports = f'"" : {OPSET}, "com.microsoft" : 1'
         body = self.function_body(attributes)
+        declared = f" <{', '.join(self.attributes)}>" if self.references_attributes else ""
         return (
             f'<opset_import: [{imports}], domain: "{DOMAIN}">\n'
-            f"{name} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
+            f"{name}{declared} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
         )
 
 
