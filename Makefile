@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A pinned release: without a GPU nobody wants the CUDA packages of a newer one.
 TORCH ?= torch==2.13.0
 BUNDLE ?= bundles/ring-nano
-PROMPT ?= The purpose of this function is
+PROMPT ?= def read_config(path):
 
 .PHONY: setup demo test check docs clean
 
@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml
 
 demo: setup
 	$(BIN)/ringexport build models/ring-nano -o $(BUNDLE)
-	$(BIN)/ringexport run $(BUNDLE) "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 1
+	$(BIN)/ringexport run $(BUNDLE) "$(PROMPT)" --max-new-tokens 60 --temperature 0.5 --seed 1
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal

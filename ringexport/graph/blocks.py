@@ -27,11 +27,9 @@ class Step:
     """Values that all layers share.
 
     Attributes:
-        position_ids: [B, T] int64, absolute positions of the new tokens.
-        cos, sin: [context, R/2] fp32.
+        cos, sin: [B, T, R/2] fp32 at the positions of the new tokens.
     """
 
-    position_ids: str
     cos: str
     sin: str
 
@@ -273,7 +271,7 @@ class BlockBuilder:
         flat = build.node("Reshape", [normed, build.ints(0, 0, heads * dim)], f"{kind}_flat")
         rotated = build.node(
             "RotaryEmbedding",
-            [flat, step.cos, step.sin, step.position_ids],
+            [flat, step.cos, step.sin],
             f"{kind}_rotary",
             num_heads=heads,
             rotary_embedding_dim=self.config.rotary_dim,

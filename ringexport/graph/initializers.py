@@ -13,6 +13,7 @@ import onnx
 from ringexport.checkpoint.weights import CheckpointWeights
 
 __all__ = [
+    "AnyArray",
     "ComputeDtype",
     "LazyInitializer",
     "from_array",

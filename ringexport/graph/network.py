@@ -9,9 +9,9 @@ from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.graph import initializers
 from ringexport.graph.blocks import BlockBuilder, Step
 from ringexport.graph.builder import GraphBuilder
-from ringexport.graph.initializers import ComputeDtype
+from ringexport.graph.initializers import AnyArray, ComputeDtype
 from ringexport.ops.decay import DecayIndex
-from ringexport.ops.rotary import rotary_tables
+from ringexport.ops.rotary import split_rotary_tables
 
 __all__ = ["Network", "build_network"]
 
@@ -80,9 +80,9 @@ def build_network(
 
 
 def _step(builder: GraphBuilder, config: RingConfig) -> Step:
-    """Compute what all layers share: rotary positions of the new tokens, and the tables."""
+    """Compute what all layers share: cosines and sines at the positions of the new tokens."""
     length = config.context_length
-    cos, sin = rotary_tables(config.inv_freq(), config.attention_factor, length)
+    tables = split_rotary_tables(config.inv_freq(), config.attention_factor, length)
     with builder.scope("positions"):
         shape = builder.node("Shape", ["tokens"], "shape")
         count = builder.node("Gather", [shape, builder.scalar(1)], "count")
@@ -90,13 +90,38 @@ def _step(builder: GraphBuilder, config: RingConfig) -> Step:
         start = builder.node("Cast", ["position"], "start", to=INT64)
         column = builder.node("Unsqueeze", [start, builder.ints(1)], "column")
         absolute = builder.node("Add", [column, index], "absolute")
-        # Padding behind the last token of a full context would leave the table.
+        # Padding behind the last token of a full context would leave the tables.
         ids = builder.node("Min", [absolute, builder.scalar(length - 1)], "ids")
-    return Step(
-        position_ids=ids,
-        cos=builder.weight(initializers.from_array("rotary.cos", cos)),
-        sin=builder.weight(initializers.from_array("rotary.sin", sin)),
-    )
+        step = builder.scalar(tables.step)
+        coarse = builder.node("Div", [ids, step], "coarse")
+        fine = builder.node("Mod", [ids, step], "fine")
+        coarse_cos, coarse_sin = _rows(builder, tables.coarse, coarse, "coarse")
+        fine_cos, fine_sin = _rows(builder, tables.fine, fine, "fine")
+        cos = _combined(builder, "Sub", (coarse_cos, fine_cos), (coarse_sin, fine_sin), "cos")
+        sin = _combined(builder, "Add", (coarse_sin, fine_cos), (coarse_cos, fine_sin), "sin")
+    return Step(cos=cos, sin=sin)
+
+
+def _rows(
+    builder: GraphBuilder, tables: tuple[AnyArray, AnyArray], rows: str, label: str
+) -> list[str]:
+    """Gather rows of a cosine and a sine table."""
+    gathered = []
+    for name, table in zip(("cos", "sin"), tables, strict=True):
+        weight = initializers.from_array(f"rotary.{label}_{name}", table)
+        gathered.append(builder.node("Gather", [builder.weight(weight), rows], f"{label}_{name}"))
+    return gathered
+
+
+def _combined(
+    builder: GraphBuilder, op: str, left: tuple[str, str], right: tuple[str, str], label: str
+) -> str:
+    """Add or subtract two products."""
+    products = [
+        builder.node("Mul", list(pair), f"{label}_{name}")
+        for pair, name in ((left, "left"), (right, "right"))
+    ]
+    return builder.node(op, products, label)
 
 
 def _plain_inputs() -> list[onnx.ValueInfoProto]:
