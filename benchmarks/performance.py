@@ -56,10 +56,11 @@ def speed(bundle: Path) -> tuple[str, str]:
         other = reference["first_token_ms"][length]
         what = f"first token of {length} tokens, ms"
         rows.append((what, f"{value:.1f}", f"{other:.1f}", f"{other / value:.2f}x"))
-    for batch, value in mine["decode_tokens_per_s"].items():
-        other = reference["decode_tokens_per_s"][batch]
-        what = f"decode, batch {batch}, tokens/s"
-        rows.append((what, f"{value:.1f}", f"{other:.1f}", f"{value / other:.2f}x"))
+    for context, speeds in mine["decode_tokens_per_s"].items():
+        for batch, value in speeds.items():
+            other = reference["decode_tokens_per_s"][context][batch]
+            what = f"decode after {context} tokens, batch {batch}, tokens/s"
+            rows.append((what, f"{value:.1f}", f"{other:.1f}", f"{value / other:.2f}x"))
     table = markdown(("ring-nano, fp32", "`onnxruntime:cpu`", "torch reference", "ratio"), rows)
     hidden = {"bundle"}
     conditions = ", ".join(f"{k} {v}" for k, v in found["conditions"].items() if k not in hidden)

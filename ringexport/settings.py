@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ringexport.errors import ConfigError
 
-__all__ = ["Settings", "load_settings"]
+__all__ = ["Settings", "forbid_onnxruntime_telemetry", "load_settings"]
 
 VARIABLES = {
     "RINGEXPORT_THREADS": "threads per operation of CPU backends; default: all physical cores",
@@ -46,6 +46,15 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         backend=values.get("RINGEXPORT_BACKEND", "") or "auto",
         color=not values.get("NO_COLOR", ""),
     )
+
+
+def forbid_onnxruntime_telemetry() -> None:
+    """Keep onnxruntime, which must not be imported yet, from writing and sending usage data.
+
+    It reads this variable once, when it is imported; without it, the official packages make a
+    device id and a database in ~/.cache/Microsoft before any function can be called.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 def _threads(text: str) -> int | None:

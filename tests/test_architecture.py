@@ -13,10 +13,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ringexport"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"errors", "progress", "tensors", "version"}
+LEAVES = {"errors", "files", "progress", "strict_json", "tensors", "version"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
+    "files": {"errors"},
+    "strict_json": {"errors", "files"},
     "settings": {"errors"},
     "tensors": {"errors"},
     "progress": set(),
@@ -30,8 +32,11 @@ ALLOWED: dict[str, set[str]] = {
     "graph": LEAVES | {"ops", "checkpoint"},
     "runtime": LEAVES | {"ops", "bundle", "settings"},
     "runtime.backends.torch_ref": LEAVES | {"runtime", "bundle", "model", "checkpoint", "ops"},
+    "runtime.backends.torch_quantized": LEAVES | {"model", "checkpoint", "ops"},
     "compare": LEAVES | {"runtime", "ops"},
-    "pipeline": LEAVES | {"bundle", "checkpoint", "graph", "ops", "runtime", "settings"},
+    "pipeline": LEAVES
+    | {"bundle", "checkpoint", "graph", "ops", "runtime", "settings"}
+    | {"calibrate", "compare", "quantize", "stats"},
     "cli": LEAVES
     | {"pipeline", "runtime", "compare", "bundle", "checkpoint", "ops", "settings"}
     | {"quantize", "stats"},

@@ -2,18 +2,18 @@
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from ringexport.bundle.manifest import FORMAT, MANIFEST_NAME, FileEntry
 from ringexport.errors import OutputError
+from ringexport.files import sha256_of
 
 fcntl: ModuleType | None
 try:
@@ -38,7 +38,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".building"
-_CHUNK_BYTES = 4 << 20
 _GRACE_SECONDS = 60.0  # a directory this young may be about to get, or have just lost, its lock
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -93,11 +92,19 @@ def _age_seconds(directory: Path) -> float:
         return 0.0
 
 
-def find_stale_builds(parent: Path, name: str = "*") -> list[Path]:
-    """List temporary directories in `parent` whose build is dead, oldest name first."""
+def find_stale_builds(
+    parent: Path, name: str = "*", *, kinds: Sequence[str] = ("tmp", "old")
+) -> list[Path]:
+    """List temporary directories in `parent` whose build is dead, oldest name first.
+
+    Args:
+        parent: where to look.
+        name: of the destination.
+        kinds: "tmp" and "old" beside a destination, "work" for what a later run may continue.
+    """
     if not parent.is_dir():
         return []
-    found = [*parent.glob(f"{name}.tmp-*"), *parent.glob(f"{name}.old-*")]
+    found = [path for kind in kinds for path in parent.glob(f"{name}.{kind}-*")]
     return sorted(path for path in found if path.is_dir() and not _is_alive(path))
 
 
@@ -131,8 +138,14 @@ def is_bundle_directory(path: Path) -> bool:
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
-def strangers_in_bundle(path: Path) -> list[str]:
-    """List files of a bundle directory that its manifest does not name, hidden ones aside."""
+def strangers_in_bundle(path: Path, *, hidden: bool) -> list[str]:
+    """List files of a bundle directory that its manifest does not name.
+
+    Args:
+        path: of the bundle.
+        hidden: count hidden files too. They harm nobody who reads the bundle, but who replaces
+            it would delete them. The lock of a build is never counted.
+    """
     manifest = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
     files = manifest.get("files")
     entries = files if isinstance(files, list) else []
@@ -140,7 +153,9 @@ def strangers_in_bundle(path: Path) -> list[str]:
     return [
         name
         for name in walk_files(path)
-        if name not in known and name != MANIFEST_NAME and not _is_hidden(name)
+        if name not in known
+        and name not in {MANIFEST_NAME, LOCK_NAME}
+        and (hidden or not _is_hidden(name))
     ]
 
 
@@ -149,10 +164,11 @@ def _is_hidden(name: str) -> bool:
 
 
 def walk_files(root: Path) -> Iterator[str]:
-    """Yield every file below `root`, sorted, as a path with forward slashes."""
+    """Yield every file and link below `root`, sorted, as a path with forward slashes."""
     names = []
-    for directory, _, files in os.walk(root):
-        names += [(Path(directory) / file).relative_to(root).as_posix() for file in files]
+    for directory, folders, files in os.walk(root):
+        links = [name for name in folders if (Path(directory) / name).is_symlink()]
+        names += [(Path(directory) / name).relative_to(root).as_posix() for name in files + links]
     yield from sorted(names)
 
 
@@ -164,16 +180,16 @@ def file_entry(root: Path, name: str, advance: Callable[[int], None] | None = No
         name: path with forward slashes.
         advance: called with the number of bytes after each piece.
     """
-    digest = hashlib.sha256()
     size = 0
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with (root / name).open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-            if advance is not None:
-                advance(count)
-    return FileEntry(path=name, size=size, sha256=digest.hexdigest())
+
+    def count(amount: int) -> None:
+        nonlocal size
+        size += amount
+        if advance is not None:
+            advance(amount)
+
+    digest = sha256_of(root / name, count)
+    return FileEntry(path=name, size=size, sha256=digest)
 
 
 def sync_path(path: Path) -> None:

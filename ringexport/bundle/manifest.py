@@ -1,7 +1,7 @@
 """The manifest of a bundle: what it was built from, how, and the digest of every file."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from ringexport.bundle.strict_json import decode, encode, parse_object
@@ -11,11 +11,14 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "CalibrationInfo",
     "DecayTable",
     "FileEntry",
     "Manifest",
     "ModelInfo",
+    "QuantizationInfo",
     "ResolvedBuild",
+    "SchemeInfo",
     "SourceInfo",
     "TargetIO",
     "TargetInfo",
@@ -91,6 +94,65 @@ class ResolvedBuild:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationInfo:
+    """The calibration that scales and smoothing come from.
+
+    Attributes:
+        prompts: name of the prompt set or file.
+        tokens_sha256: of the token ids that were run; None where the stats do not say.
+        stats_sha256: of the stats file.
+        num_samples, num_tokens: how much was run.
+    """
+
+    prompts: str
+    tokens_sha256: str | None = None
+    stats_sha256: str
+    num_samples: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeInfo:
+    """The modules of one kind that share a scheme.
+
+    Attributes:
+        kind: of the modules.
+        weights, activations: format and granularity; None for unquantized.
+        modules: how many.
+        parameters: elements of their weights.
+    """
+
+    kind: str
+    weights: str | None = None
+    activations: str | None = None
+    modules: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationInfo:
+    """How the weights were quantized; left out of the manifest where none are.
+
+    Attributes:
+        modules_sha256: of the recipe and the scheme of every module.
+        schemes: the same in short.
+        source_bytes: of the weights before.
+        weight_bytes: of the quantized checkpoint's weight files.
+        saturated: elements that were clipped, by module; modules without any are left out.
+        calibration: None where the recipe needs none, or the checkpoint came quantized.
+        notes: what the targets compute otherwise than the schemes say.
+    """
+
+    modules_sha256: str
+    schemes: tuple[SchemeInfo, ...]
+    source_bytes: int
+    weight_bytes: int
+    saturated: dict[str, int] = field(default_factory=dict)
+    calibration: CalibrationInfo | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecayTable:
     """The decay that the graph was built with.
 
@@ -148,6 +210,7 @@ class Manifest:
     source: SourceInfo
     model: ModelInfo
     build: ResolvedBuild
+    quantization: QuantizationInfo | None = None
     decay: DecayTable
     targets: dict[str, TargetInfo]
     files: tuple[FileEntry, ...] = ()
@@ -188,10 +251,11 @@ class Manifest:
         return manifest
 
     def check_paths(self) -> None:
-        """Check that every path stays inside the bundle and every role names a listed file.
+        """Check that there is a target, paths stay inside the bundle, and roles name listed files.
 
         Raises:
-            BundleError: a path that leaves the directory, is listed twice, or is not listed.
+            BundleError: no target, or a path that leaves the directory, is listed twice, or is not
+                listed.
         """
         listed: set[str] = set()
         for entry in self.files:
@@ -212,6 +276,8 @@ class Manifest:
                         f"target {name} names {path!r} as its {role}, which is not in its"
                         f" directory {target.directory!r}"
                     )
+        if not self.targets:
+            raise BundleError("the manifest names no target: nothing in this bundle can run")
 
 
 def check_relative_path(path: str) -> None:

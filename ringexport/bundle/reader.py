@@ -1,11 +1,13 @@
 """Open a bundle: check that it is complete, unchanged and of a format that this version reads."""
 
+import dataclasses
 import hashlib
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringexport.bundle.consistency import check_consistency
 from ringexport.bundle.files import file_entry, strangers_in_bundle
 from ringexport.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, TargetInfo
 from ringexport.errors import BundleError, DigestError
@@ -26,7 +28,8 @@ class EngineBundle:
     Attributes:
         directory: where it is.
         manifest: its checked index.
-        digest: SHA-256 of manifest.json, hence of everything in the bundle.
+        digest: SHA-256 of the manifest, hence of everything in the bundle, but for the path of the
+            checkpoint: the same build in two places has one digest.
     """
 
     directory: Path
@@ -48,7 +51,7 @@ class EngineBundle:
         Raises:
             VersionError: the bundle is in a newer format.
             DigestError: a file is missing, has another size, or another content.
-            BundleError: this is no bundle, or its manifest is damaged.
+            BundleError: this is no bundle, or its manifest is damaged or contradicts its config.
         """
         directory = Path(path)
         text = _read_manifest(directory)
@@ -59,7 +62,11 @@ class EngineBundle:
         _check_files(directory, manifest)
         if verify:
             _check_digests(directory, manifest, progress or NoProgress())
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        try:
+            check_consistency(directory, manifest)
+        except BundleError as error:
+            raise BundleError(error.message, hint=_REBUILD) from error
+        digest = _digest(manifest)
         log.debug("opened %s, manifest %s, verified: %s", directory, digest[:12], verify)
         return cls(directory=directory, manifest=manifest, digest=digest)
 
@@ -87,6 +94,13 @@ class EngineBundle:
         if all(entry.path != relative for entry in self.manifest.files):
             raise BundleError(f"the bundle {self.directory} has no file {relative}")
         return self.directory / relative
+
+
+def _digest(manifest: Manifest) -> str:
+    """Return the SHA-256 of a manifest, wherever its checkpoint was."""
+    anywhere = dataclasses.replace(manifest.source, path="")
+    text = dataclasses.replace(manifest, source=anywhere).to_json()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_manifest(directory: Path) -> str:
@@ -132,7 +146,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     for entry in manifest.files:
         _check_size(root, entry)
     try:
-        strangers = strangers_in_bundle(directory)
+        strangers = strangers_in_bundle(directory, hidden=False)
     except (OSError, json.JSONDecodeError) as error:
         raise BundleError(f"cannot list {directory}: {error}") from error
     if strangers:

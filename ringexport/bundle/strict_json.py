@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ringexport import strict_json
 from ringexport.errors import BundleError
 
 __all__ = ["decode", "encode", "parse_object"]
@@ -22,27 +23,7 @@ def parse_object(text: str, *, source: str) -> dict[str, Json]:
     Raises:
         BundleError: the text is not such an object; the message starts with `source`.
     """
-
-    def refuse_constant(name: str) -> Json:
-        raise BundleError(f"{source} holds {name}, which JSON does not allow")
-
-    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise BundleError(f"{source} has the key {twice!r} twice in one object")
-        return result
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
-    except ValueError as error:
-        raise BundleError(f"{source} is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise BundleError(f"{source} is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{source} holds a {_kind(value)}, expected an object")
-    return value
+    return strict_json.parse_object(text, source=source, error=BundleError, hint=None)
 
 
 def encode(value: object) -> str:

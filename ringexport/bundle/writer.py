@@ -30,7 +30,7 @@ from ringexport.progress import NoProgress, Progress
 
 __all__ = ["BundleWriter"]
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class BundleWriter:
@@ -159,6 +159,11 @@ class BundleWriter:
         while not parent.exists():
             missing.append(parent)
             parent = parent.parent
+        if not parent.is_dir():
+            raise OutputError(
+                f"cannot write {self.destination}: {parent} is not a directory",
+                hint="choose another -o",
+            )
         self._made_parents = missing
         self.destination.parent.mkdir(parents=True, exist_ok=True)
 
@@ -166,14 +171,19 @@ class BundleWriter:
         free = shutil.disk_usage(self.directory).free
         if self._expected_bytes is not None and free < self._expected_bytes:
             raise OutputError(
-                f"not enough space at {self.destination.parent}: the bundle needs"
-                f" {self._expected_bytes:,} bytes, {free:,} bytes are free",
+                f"not enough space at {self.destination.parent}: the bundle may need"
+                f" up to {self._expected_bytes:,} bytes, {free:,} bytes are free",
                 hint="free some space, or write to another disk with -o",
             )
 
     def _translate(self, error: OSError) -> OutputError:
         """Say what an operating system error means for the output."""
         where = error.filename or self.destination
+        if error.errno == errno.EFBIG:
+            return OutputError(
+                f"cannot write {where}: it would pass the file size limit of this process or disk",
+                hint="raise the limit (ulimit -f), or write to another disk with -o",
+            )
         if error.errno not in _FULL:
             return OutputError(
                 f"cannot write {where}: {error.strerror or error}",
@@ -183,10 +193,12 @@ class BundleWriter:
         with contextlib.suppress(OSError):
             free = f"{shutil.disk_usage(self.destination.parent).free:,}"
         written = sum((self.directory / name).stat().st_size for name in walk_files(self.directory))
-        needed = f"{self._expected_bytes:,}" if self._expected_bytes else f"more than {written:,}"
+        needed = f"needs more than {written:,}"
+        if self._expected_bytes:
+            needed = f"may need up to {self._expected_bytes:,}"
         return OutputError(
-            f"the disk is full at {self.destination.parent}: {error.strerror}; the bundle needs"
-            f" {needed} bytes, {free} bytes were free after {written:,} were written",
+            f"the disk is full at {self.destination.parent}: {error.strerror}; the bundle {needed}"
+            f" bytes, {free} bytes were free after {written:,} were written",
             hint="free some space, or write to another disk with -o; an older bundle is untouched",
         )
 
@@ -207,15 +219,16 @@ def check_destination(destination: Path, *, overwrite: bool = True) -> None:
         OutputError: a file, another kind of directory, a bundle with files that are not its own,
             or a bundle that may not be replaced.
     """
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        kind = "symbolic link" if destination.is_symlink() else "file"
-        raise OutputError(
-            f"{destination} is a {kind}, a bundle is a directory", hint="choose another -o"
-        )
     try:
+        if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+            kind = "symbolic link" if destination.is_symlink() else "file"
+            raise OutputError(
+                f"{destination} is a {kind}, a bundle is a directory", hint="choose another -o"
+            )
         empty = not destination.is_dir() or not any(destination.iterdir())
     except OSError as error:
-        raise OutputError(f"cannot read {destination}: {error.strerror}") from error
+        hint = "choose a shorter -o" if error.errno == errno.ENAMETOOLONG else "choose another -o"
+        raise OutputError(f"cannot write {destination}: {error.strerror}", hint=hint) from error
     if empty:
         return
     if not is_bundle_directory(destination):
@@ -225,7 +238,7 @@ def check_destination(destination: Path, *, overwrite: bool = True) -> None:
         )
     if not overwrite:
         raise OutputError(f"the bundle {destination} exists", hint="choose another -o")
-    strangers = strangers_in_bundle(destination)
+    strangers = strangers_in_bundle(destination, hidden=True)
     if strangers:
         raise OutputError(
             f"the bundle {destination} holds {len(strangers)} file(s) that are not part of it,"

@@ -21,8 +21,8 @@ from ringexport.checkpoint.fields import Fields
 from ringexport.checkpoint.quantization import StoredQuantization
 from ringexport.checkpoint.refusals import refuse_other_models
 from ringexport.checkpoint.rope import YarnConfig, inverse_frequencies
-from ringexport.checkpoint.strict_json import read_object
 from ringexport.errors import ConfigError
+from ringexport.strict_json import read_object
 
 __all__ = ["LayerKind", "RingConfig"]
 

@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 
 from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.errors import CheckpointError
+from ringexport.files import sha256_of
 
 __all__ = ["checkpoint_digest", "weight_bytes"]
 
-_CHUNK_BYTES = 4 << 20
 _MAX_THREADS = 4
 _WEIGHTS_SUFFIX = ".safetensors"
 
@@ -45,26 +44,16 @@ def checkpoint_digest(
 
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         try:
-            parts = list(pool.map(lambda path: _file_digest(path, count), files))
+            parts = list(pool.map(lambda path: sha256_of(path, count), files))
         except OSError as failure:
             raise CheckpointError(
                 f"cannot read {failure.filename}: {failure.strerror}"
             ) from failure
     for part in parts:
-        digest.update(part)
+        digest.update(bytes.fromhex(part))
     return digest.hexdigest()
 
 
 def weight_bytes(weights: CheckpointWeights) -> int:
     """Return the size of all weight files, which is what `checkpoint_digest` reads."""
     return sum(path.stat().st_size for path in weights.files() if path.suffix == _WEIGHTS_SUFFIX)
-
-
-def _file_digest(path: Path, advance: Callable[[int], None]) -> bytes:
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            advance(count)
-    return digest.digest()

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ringexport.checkpoint.fields import show
-from ringexport.checkpoint.strict_json import parse_object
 from ringexport.errors import CheckpointError
+from ringexport.strict_json import parse_object
 
 __all__ = ["FLOAT_DTYPES", "SafetensorsFile", "TensorInfo"]
 
@@ -121,6 +121,14 @@ class SafetensorsFile:
             return np.empty(info.shape, info.dtype)
         flat = np.frombuffer(self._mapped(), info.dtype, count, info.offset)
         return flat.reshape(info.shape)
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to load a tensor's pages into its file cache, without waiting for them."""
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapped().madvise(mmap.MADV_WILLNEED, start, info.offset + info.nbytes - start)
 
     def release(self, name: str) -> None:
         """Drop the pages of a tensor from memory; a later read loads them again."""

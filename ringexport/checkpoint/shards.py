@@ -6,16 +6,17 @@ from typing import Any
 
 from ringexport.checkpoint.fields import show
 from ringexport.checkpoint.safetensors_file import SafetensorsFile
-from ringexport.checkpoint.strict_json import read_object
 from ringexport.errors import CheckpointError, MissingTensorError, UnknownTensorError
+from ringexport.files import file_exists, resolve_inside
+from ringexport.strict_json import read_object
 
 __all__ = [
     "INDEX_NAME",
     "SINGLE_NAME",
+    "checkpoint_file",
     "count_tensors",
     "first_names",
     "open_shards",
-    "resolve_inside",
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,54 +32,26 @@ def open_shards(directory: Path) -> list[SafetensorsFile]:
         CheckpointError: no weights, pickle only, an index that leaves the folder or disagrees with
             its files, or a damaged file.
     """
-    single, index = (_exists(directory / name) for name in (SINGLE_NAME, INDEX_NAME))
+    single, index = (file_exists(directory / name) for name in (SINGLE_NAME, INDEX_NAME))
     if not single and not index:
         raise _no_weights(directory)
     if not index:
-        return [SafetensorsFile.open(resolve_inside(directory, SINGLE_NAME))]
-    weight_map = _read_index(resolve_inside(directory, INDEX_NAME))
+        return [SafetensorsFile.open(checkpoint_file(directory, SINGLE_NAME))]
+    weight_map = _read_index(checkpoint_file(directory, INDEX_NAME))
     names = sorted(set(weight_map.values()))
     if single and SINGLE_NAME not in names:
         raise CheckpointError(
             f"{directory} holds both {SINGLE_NAME} and an {INDEX_NAME} of other files",
             hint="remove the one that does not belong to this checkpoint",
         )
-    shards = [SafetensorsFile.open(resolve_inside(directory, name)) for name in names]
+    shards = [SafetensorsFile.open(checkpoint_file(directory, name)) for name in names]
     _check_index(directory / INDEX_NAME, weight_map, dict(zip(names, shards, strict=True)))
     return shards
 
 
-def resolve_inside(directory: Path, name: str) -> Path:
-    """Return the path of file `name` in `directory`; links may not lead out of it.
-
-    The one exception is the Hugging Face cache, whose ``snapshots/REVISION`` folders link to the
-    ``blobs`` folder beside them.
-
-    Raises:
-        CheckpointError: a path instead of a name, a missing file, or a link that leads elsewhere.
-    """
-    if name != Path(name).name or name in {"", ".", ".."} or "\0" in name or "\\" in name:
-        raise CheckpointError(
-            f"{directory / INDEX_NAME} names the file {show(name)}, expected a plain file name",
-            hint="weights outside the checkpoint's folder are never read",
-        )
-    path = directory / name
-    try:
-        target = path.resolve(strict=True)
-        root = directory.resolve(strict=True)
-    except (OSError, RuntimeError, ValueError) as failure:  # also: link loops, odd characters
-        raise CheckpointError(
-            f"{directory} has no file {show(name)}", hint="download the whole checkpoint"
-        ) from failure
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if target.parent not in allowed:
-        raise CheckpointError(
-            f"{path} is a link to {target}, outside the checkpoint's folder",
-            hint="copy the file into the folder",
-        )
-    return path
+def checkpoint_file(directory: Path, name: str) -> Path:
+    """Return the path of a file of a checkpoint; see `ringexport.files.resolve_inside`."""
+    return resolve_inside(directory, name, error=CheckpointError)
 
 
 def first_names(names: Collection[str]) -> str:
@@ -91,11 +64,6 @@ def first_names(names: Collection[str]) -> str:
 def count_tensors(names: Collection[str]) -> str:
     """Return "1 tensor" or "N tensors"."""
     return f"{len(names)} tensor" + ("" if len(names) == 1 else "s")
-
-
-def _exists(path: Path) -> bool:
-    """Say whether there is anything of this name, a dangling link included."""
-    return path.is_symlink() or path.exists()
 
 
 def _no_weights(directory: Path) -> CheckpointError:

@@ -28,10 +28,10 @@ from ringexport.checkpoint.names import TensorKind, expected_tensors
 from ringexport.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
 from ringexport.checkpoint.shards import (
     INDEX_NAME,
+    checkpoint_file,
     count_tensors,
     first_names,
     open_shards,
-    resolve_inside,
 )
 from ringexport.errors import CheckpointError, MissingTensorError, ShapeError, UnknownTensorError
 from ringexport.ops.quantization import Quantized, dequantize
@@ -109,7 +109,7 @@ class CheckpointWeights:
         """
         try:
             _check_folder(path)
-            config_path = resolve_inside(path, _CONFIG_NAME)
+            config_path = checkpoint_file(path, _CONFIG_NAME)
             config = RingConfig.from_file(config_path, rope_scaling=rope_scaling)
             return cls(path, config, open_shards(path))
         except OSError as failure:
@@ -243,6 +243,12 @@ class CheckpointWeights:
         for name in self.names() if names is None else names:
             _check_finite(name, self.info(name).file, self.read(name))
             self.release(name)
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to load a tensor from the disk soon; it takes no memory of the process."""
+        weight = self._encoded.get(name)
+        stored = name if weight is None else weight.stored
+        self._owner(stored).prefetch(stored)
 
     def release(self, name: str) -> None:
         """Drop a tensor's pages from memory; arrays that view them load them again."""

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +15,20 @@ from ringexport.settings import Settings
 if TYPE_CHECKING:
     from ringexport.cli.console import Terminal
 
-__all__ = ["App", "JsonValue", "backend_option", "command_options", "json_option", "pass_app"]
+__all__ = [
+    "App",
+    "JsonValue",
+    "backend_option",
+    "bad_value",
+    "command_options",
+    "json_option",
+    "pass_app",
+    "verify_option",
+    "worker_threads",
+]
 
 JsonValue = Any
+_MAX_WORKERS = 8
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -52,6 +64,16 @@ class App:
         sys.stdout.write(text + "\n")
 
 
+def worker_threads(app: App) -> int:
+    """Return how many threads quantize; they share one interpreter, so that more do not help."""
+    return app.settings.threads or min(os.cpu_count() or 1, _MAX_WORKERS)
+
+
+def bad_value(option: str, message: str) -> click.BadParameter:
+    """Return the error of an option whose value only the model could judge."""
+    return click.BadParameter(message, param_hint=f"'{option}'")
+
+
 pass_app = click.make_pass_decorator(App, ensure=True)
 
 
@@ -78,6 +100,13 @@ def command_options(function: Callable[P, R]) -> Callable[P, R]:
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Write the result as JSON to stdout."
+)
+
+verify_option = click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare the SHA-256 of every file of a bundle, or only the sizes.",
 )
 
 backend_option = click.option(

@@ -1,12 +1,20 @@
 """``ringexport bench``: first-token time and decode speed of the backends, side by side."""
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ringexport.cli.app import App, command_options, json_option, pass_app
+from ringexport.cli.app import (
+    App,
+    bad_value,
+    command_options,
+    json_option,
+    pass_app,
+    verify_option,
+)
 from ringexport.errors import BackendUnavailableError, CheckpointError
 from ringexport.pipeline.request import AUTO
 
@@ -14,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ringexport.cli.console import Terminal
-    from ringexport.compare.speed import Speed
+    from ringexport.compare.speed import BenchConfig, Speed
     from ringexport.progress import Progress
     from ringexport.runtime.runner import Runner
 
@@ -25,9 +33,12 @@ BUSY_SPREAD = 0.25
 
 
 class _Numbers(click.ParamType[Any]):
-    """Whole numbers above 0, separated by commas."""
+    """Whole numbers from 1 to `most`, separated by commas."""
 
     name = "N,N,.."
+
+    def __init__(self, most: int) -> None:
+        self._most = most
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -36,42 +47,57 @@ class _Numbers(click.ParamType[Any]):
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in str(value).split(",")]
-        if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10**9 for part in parts):
-            self.fail(f"{value!r} is no list of whole numbers above 0, such as 1,8,64", param, ctx)
-        return tuple(int(part) for part in parts)
+        if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
+            self.fail(f"{value!r} is no list of whole numbers, such as 1,8,64", param, ctx)
+        numbers = tuple(int(part) for part in parts)
+        if not all(1 <= number <= self._most for number in numbers):
+            self.fail(f"{value!r} is not in the range 1 to {self._most:,}", param, ctx)
+        return tuple(dict.fromkeys(numbers))
 
 
-_DEFAULTS = {"batch": "1", "prefill": "128,2000", "context": 128, "decode": 64, "repeat": 3}
+_MAX_ROWS = 1024
+_MAX_TOKENS = 1 << 24
+_MAX_REPEAT = 1000
+_DEFAULTS = {"batch": "1", "prefill": "128,2000", "context": "128", "decode": 64, "repeat": 3}
 """As in `ringexport.compare.speed.BenchConfig`, which imports numpy; a test compares them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """What is measured: a bundle, the backends asked for, and how they are opened."""
+
+    bundle: Path
+    backends: tuple[str, ...]
+    checkpoint: Path | None
+    verify: bool
 
 
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--batch",
-    type=_Numbers(),
+    type=_Numbers(_MAX_ROWS),
     default=_DEFAULTS["batch"],
     show_default=True,
-    help="Rows that are decoded together.",
+    help=f"Rows that are decoded together, up to {_MAX_ROWS}.",
 )
 @click.option(
     "--prefill",
-    type=_Numbers(),
+    type=_Numbers(_MAX_TOKENS),
     default=_DEFAULTS["prefill"],
     show_default=True,
     help="Prompt lengths in tokens whose first-token time is measured.",
 )
 @click.option(
     "--context",
-    type=click.IntRange(min=1),
-    metavar="N",
+    type=_Numbers(_MAX_TOKENS),
     default=_DEFAULTS["context"],
     show_default=True,
-    help="Tokens in the state before decoding.",
+    help="Tokens in the state before decoding; each number is measured.",
 )
 @click.option(
     "--decode",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, _MAX_TOKENS),
     metavar="N",
     default=_DEFAULTS["decode"],
     show_default=True,
@@ -79,7 +105,7 @@ _DEFAULTS = {"batch": "1", "prefill": "128,2000", "context": 128, "decode": 64, 
 )
 @click.option(
     "--repeat",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, _MAX_REPEAT),
     metavar="N",
     default=_DEFAULTS["repeat"],
     show_default=True,
@@ -98,6 +124,7 @@ _DEFAULTS = {"batch": "1", "prefill": "128,2000", "context": 128, "decode": 64, 
     metavar="DIRECTORY",
     help="Checkpoint for the torch backend, if it has moved since the build.",
 )
+@verify_option
 @json_option
 @command_options
 @pass_app
@@ -108,11 +135,12 @@ def command(
     bundle: Path,
     batch: tuple[int, ...],
     prefill: tuple[int, ...],
-    context: int,
+    context: tuple[int, ...],
     decode: int,
     repeat: int,
     backends: tuple[str, ...],
     checkpoint: Path | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Measure first-token time and decode speed of a BUNDLE, backend by backend.
@@ -127,13 +155,12 @@ def command(
         batch=batch, prefill=prefill, context=context, decode=decode, repeat=repeat
     )
     terminal = app.terminal
+    choice = _Choice(bundle=bundle, backends=backends, checkpoint=checkpoint, verify=verify)
     conditions = {"bundle": str(bundle)} | measurement_conditions(app.settings.threads)
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
-        if not backends and app.settings.backend != AUTO:
-            backends = (app.settings.backend,)
-        runners, skipped = _open_runners(app, stack, progress, bundle, backends, checkpoint)
-        config.check(min(runner.spec.context_length for runner in runners))
+        runners, skipped = _open_runners(app, stack, progress, choice)
+        _check_lengths(config, min(runner.spec.context_length for runner in runners))
         progress.start("checking that the backends agree")
         agreed = check_agreement(runners)
         progress.finish()
@@ -143,7 +170,7 @@ def command(
             {
                 "conditions": conditions,
                 "agreed_greedy_tokens": agreed if len(runners) > 1 else None,
-                "context": context,
+                "context": list(context),
                 "results": [speed.to_dict() for speed in speeds],
                 "skipped": skipped,
             }
@@ -152,7 +179,7 @@ def command(
     terminal.facts(conditions)
     for name, reason in skipped.items():
         terminal.result(f"not measured: {name}: {reason}")
-    _show(terminal, speeds, context)
+    _show(terminal, speeds)
     if any(speed.spread > BUSY_SPREAD for speed in speeds):
         terminal.result(
             "\nthe decode runs differ a lot: something else kept the machine busy, measure again"
@@ -161,26 +188,41 @@ def command(
         terminal.result(f"\nchecked: the same {agreed} greedy tokens from all backends")
 
 
+def _check_lengths(config: "BenchConfig", limit: int) -> None:
+    """Refuse lengths that the context does not hold, by the names of their options."""
+    if max(config.prefill) > limit:
+        raise bad_value(
+            "--prefill", f"{max(config.prefill)} is more than the context holds {limit}"
+        )
+    longest = max(config.context) + config.decode
+    if longest > limit:
+        raise bad_value(
+            "--context", f"with --decode it makes {longest} tokens, the context holds {limit}"
+        )
+
+
 def _open_runners(
     app: App,
     stack: ExitStack,
     progress: "Progress",
-    path: Path,
-    backends: tuple[str, ...],
-    checkpoint: Path | None,
+    choice: _Choice,
 ) -> tuple[list["Runner"], dict[str, str]]:
     """Open the backends that were asked for, or all that can run."""
     from ringexport.bundle import EngineBundle
-    from ringexport.runtime.registry import RunnerOptions, open_bundle_runner
+    from ringexport.cli.opening import open_runner
+    from ringexport.runtime.registry import RunnerOptions
 
-    bundle = EngineBundle.open(path, progress=progress)
-    options = RunnerOptions(threads=app.settings.threads, checkpoint=checkpoint)
+    bundle = EngineBundle.open(choice.bundle, verify=choice.verify, progress=progress)
+    options = RunnerOptions(threads=app.settings.threads, checkpoint=choice.checkpoint)
+    backends = choice.backends
+    if not backends and app.settings.backend != AUTO:
+        backends = (app.settings.backend,)
     runners: list[Runner] = []
     skipped: dict[str, str] = {}
     for name in dict.fromkeys(backends or (*bundle.targets, "torch")):
         progress.start(f"loading {name}")
         try:
-            runner = open_bundle_runner(bundle, name, options)
+            runner = open_runner(bundle, name, options)
         except (BackendUnavailableError, CheckpointError) as error:
             if backends:
                 raise
@@ -192,13 +234,13 @@ def _open_runners(
         runners.append(runner)
     if not runners:
         raise BackendUnavailableError(
-            f"no backend can run {path} here: {'; '.join(skipped.values())}",
+            f"no backend can run {choice.bundle} here: {'; '.join(skipped.values())}",
             hint="ringexport doctor tells what is missing",
         )
     return runners, skipped
 
 
-def _show(terminal: "Terminal", speeds: "Sequence[Speed]", context: int) -> None:
+def _show(terminal: "Terminal", speeds: "Sequence[Speed]") -> None:
     """Write one row per measurement, one column per backend, and the ratio of the ends."""
     first, last = speeds[0], speeds[-1]
     columns = ["measured", *(speed.name for speed in speeds)]
@@ -208,11 +250,12 @@ def _show(terminal: "Terminal", speeds: "Sequence[Speed]", context: int) -> None
         row += [f"{speed.first_token_ms[length]:.1f} ms" for speed in speeds]
         row.append(f"{last.first_token_ms[length] / first.first_token_ms[length]:.1f}x")
         rows.append(row)
-    for batch in first.decode_tokens_per_s:
-        row = [f"decode after {context:,} tokens, batch {batch}"]
-        row += [f"{speed.decode_tokens_per_s[batch]:.1f} tokens/s" for speed in speeds]
-        row.append(f"{first.decode_tokens_per_s[batch] / last.decode_tokens_per_s[batch]:.1f}x")
-        rows.append(row)
+    for context, batches in first.decode_tokens_per_s.items():
+        for batch in batches:
+            found = [speed.decode_tokens_per_s[context][batch] for speed in speeds]
+            row = [f"decode after {context:,} tokens, batch {batch}"]
+            row += [f"{value:.1f} tokens/s" for value in found]
+            rows.append([*row, f"{found[0] / found[-1]:.1f}x"])
     rows.append(
         ["spread of the decode runs", *(f"{100 * speed.spread:.0f}%" for speed in speeds), ""]
     )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringexport.cli.app import App, command_options, json_option, pass_app
+from ringexport.cli.app import App, command_options, json_option, pass_app, worker_threads
+from ringexport.cli.schemes import calibration_options, scheme_json, show_schemes
 from ringexport.pipeline.request import AUTO, DECAY_INDICES, RECIPES, BuildRequest
 
 if TYPE_CHECKING:
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
     from ringexport.pipeline.build import BuildEstimate, BuildResult
 
 __all__ = ["command"]
+
+_ESTIMATE_KEYS = (
+    "architecture",
+    "num_parameters",
+    "source_bytes",
+    "bundle_bytes",
+    "work_bytes",
+    "free_bytes",
+)
 
 
 @click.command("build")
@@ -31,10 +41,11 @@ __all__ = ["command"]
     "--recipe",
     default=AUTO,
     show_default=True,
-    metavar="NAME",
-    help=f"Quantization recipe: {AUTO}, {', '.join(RECIPES)}. "
-    "auto is fp32 on the CPU, which runs fp32 and bf16.",
+    metavar="NAME|FILE.toml",
+    help=f"Quantization recipe: {AUTO}, {', '.join(RECIPES)}, or your own file. "
+    "auto takes the checkpoint as it is: a bf16 one is computed in fp32 on the CPU.",
 )
+@calibration_options
 @click.option(
     "--target",
     "targets",
@@ -52,6 +63,17 @@ __all__ = ["command"]
     help="Form of the layer factor of the decay, on which public implementations disagree.",
 )
 @click.option(
+    "--gate",
+    metavar="LIMITS",
+    help="Fail unless the quantized model is this close to the checkpoint on held-out texts, such "
+    "as ppl=0.5%,kl=0.005,top1=97%.",
+)
+@click.option(
+    "--gate-fallback",
+    is_flag=True,
+    help="Leave the worst modules unquantized until the gate is passed, and say which.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Check everything, show the decisions, write nothing."
 )
 @json_option
@@ -61,17 +83,24 @@ def command(
     app: App,
     checkpoint: Path,
     output: Path,
+    *,
     recipe: str,
     targets: tuple[str, ...],
     decay_index: str,
-    *,
+    calibration: str | None,
+    calibration_samples: int | None,
+    stats_path: Path | None,
+    gate: str | None,
+    gate_fallback: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Build an engine bundle from a CHECKPOINT directory.
 
     Nothing appears at BUNDLE before it is complete, digested and tried; whatever fails or
-    interrupts the build leaves an older bundle as it was.
+    interrupts the build leaves an older bundle as it was. With a quantizing recipe, the checkpoint
+    is calibrated if need be and quantized first; a build that was killed is continued by the next
+    one with the same arguments. A CHECKPOINT that is quantized already is built as it is.
     """
     from ringexport.pipeline.build import build, estimate
 
@@ -81,6 +110,12 @@ def command(
         recipe=recipe,
         targets=targets,
         decay_index=decay_index,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+        stats=stats_path,
+        threads=worker_threads(app),
+        gate=gate,
+        gate_fallback=gate_fallback,
     )
     terminal = app.terminal
     if dry_run:
@@ -99,16 +134,25 @@ def command(
         f" recipe {resolved.recipe}, decay index {resolved.decay_index},"
         f" in {sum(result.seconds.values()):.1f} s"
     )
+    quantization = result.manifest.quantization
+    for note in quantization.notes if quantization is not None else ():
+        terminal.say(f"note: {note}")
     terminal.say(f'try it: ringexport run {shlex.quote(str(result.path))} "Once upon a time"')
 
 
 def _show_estimate(app: App, terminal: "Terminal", found: "BuildEstimate", as_json: bool) -> None:
+    plan = found.quantization
+    reasons = plan.resolved.stats_reasons if plan.resolved is not None else ()
     if as_json:
-        app.write_json(asdict(found))
+        values = {name: getattr(found, name) for name in _ESTIMATE_KEYS}
+        values |= {"build": asdict(found.build), "needs_calibration": list(reasons)}
+        app.write_json(values | {"schemes": scheme_json(plan.rows)})
         return
     from ringexport.cli.console import format_bytes
 
     build = found.build
+    if plan.rows:
+        show_schemes(terminal, plan.rows)
     terminal.facts(
         {
             "recipe": build.recipe,
@@ -118,6 +162,8 @@ def _show_estimate(app: App, terminal: "Terminal", found: "BuildEstimate", as_js
             "model": f"{found.architecture}, {found.num_parameters:,} parameters",
             "weights read": format_bytes(found.source_bytes),
             "bundle, at most": format_bytes(found.bundle_bytes),
+            "work folder, at most": format_bytes(found.work_bytes),
+            "needs calibration": "; ".join(reasons) or "no",
             "free on that disk": format_bytes(found.free_bytes),
         }
     )

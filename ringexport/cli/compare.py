@@ -1,5 +1,6 @@
 """``ringexport compare``: a bundle against the reference or another bundle, from inside."""
 
+import difflib
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -8,12 +9,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringexport.cli.app import App, command_options, json_option, pass_app
+from ringexport.cli.app import (
+    App,
+    bad_value,
+    command_options,
+    json_option,
+    pass_app,
+    verify_option,
+)
 from ringexport.errors import ConfigError
 
 if TYPE_CHECKING:
     from ringexport.cli.console import Terminal
     from ringexport.compare.report import Comparison, Row
+    from ringexport.runtime.session import Engine
     from ringexport.runtime.tokenizer import ModelTokenizer
 
 __all__ = ["CompareConfig", "command"]
@@ -60,6 +69,7 @@ class CompareConfig:
     show_default=True,
     help="How many tokens of it.",
 )
+@verify_option
 @json_option
 @command_options
 @pass_app
@@ -71,6 +81,7 @@ def command(
     text: Path | None,
     tokens: int,
     *,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Compare a BUNDLE with the torch reference or another bundle, from inside.
@@ -82,27 +93,55 @@ def command(
     from ringexport.cli.opening import open_engine
     from ringexport.compare.teacher import compare_runners, require_probe
 
+    _check_against(against)
     terminal = app.terminal
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
-        found = stack.enter_context(open_engine(app, bundle, progress))
+        found = stack.enter_context(open_engine(app, bundle, progress, verify=verify))
         if against == "torch":
             other = open_engine(
                 app, bundle, progress, backend="torch", checkpoint=checkpoint, verify=False
             )
         else:
-            other = open_engine(app, Path(against), progress)
+            other = open_engine(app, Path(against), progress, verify=verify)
         expected = stack.enter_context(other)
+        limit = min(engine.runner.spec.context_length for engine in (found, expected))
+        if tokens > limit:
+            raise bad_value("--tokens", f"{tokens} is more than the context, expected 2 to {limit}")
+        warning = _decay_warning((str(bundle), found), (against, expected))
         ids = _tokens(found.tokenizer, text, tokens)
         result = compare_runners(
             require_probe(found.runner), require_probe(expected.runner), ids, progress=progress
         )
     if as_json:
-        app.write_json(result.to_dict())
+        app.write_json({"warning": warning, **result.to_dict()})
     else:
+        if warning:
+            terminal.result(warning)
         _show(terminal, result)
     if not result.passed:
         result.check()
+
+
+def _check_against(name: str) -> None:
+    """Refuse a word that is neither torch nor a path, before anything is loaded."""
+    if name == "torch" or Path(name).exists():
+        return
+    near = difflib.get_close_matches(name.lower(), ["torch"], n=1)
+    guess = "; did you mean torch?" if near else ""
+    raise bad_value("--against", f"there is no bundle at {name}{guess}")
+
+
+def _decay_warning(*sides: "tuple[str, Engine]") -> str | None:
+    """Return a sentence if the models decay in different ways: they cannot agree then."""
+    forms = [
+        f"{name} with {engine.bundle.manifest.build.decay_index}"
+        for name, engine in sides
+        if engine.bundle is not None
+    ]
+    if len({form.rpartition(" ")[2] for form in forms}) < 2:
+        return None
+    return f"built with different decay indices, so nothing will agree: {', '.join(forms)}"
 
 
 def _tokens(tokenizer: "ModelTokenizer", path: Path | None, count: int) -> list[int]:

@@ -1,6 +1,8 @@
 """The terminal: results go to stdout, everything else to stderr; bars only where someone looks."""
 
+import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +33,18 @@ __all__ = ["BarProgress", "LineProgress", "Terminal", "configure_logging", "form
 
 _PIPE_COLUMNS = 160
 _HEARTBEAT_SECONDS = 30.0
+_BAR_COLUMNS = 14
+_COLUMNS_BESIDE_NAME = 50  # spinner, bar, percent, "1234.5/1234.5 MB", time left, and spaces
 _GOOD, _BAD = "green", "red"
+
+
+class _Console(Console):
+    """A console that leaves a closed pipe to `ringexport.cli.main`, as every other writer does."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error again; rich would end the process with exit code 1."""
+        self.quiet = True
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class Terminal:
@@ -51,6 +64,13 @@ class Terminal:
         """Write a line for people to stderr, unless quiet."""
         if not self._quiet:
             self._err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def show_prompt(self, text: str) -> None:
+        """Write the beginning of a text dimmed, for people who see its continuation follow."""
+        if not self._quiet and self._err.is_terminal and self._out.is_terminal:
+            self._err.print(
+                text, style="dim", end="", markup=False, highlight=False, soft_wrap=True
+            )
 
     def result(self, text: str) -> None:
         """Write a line of the result to stdout."""
@@ -125,13 +145,17 @@ class BarProgress:
         amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
         columns: list[rich.progress.ProgressColumn] = [
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         ]
-        if total is not None:
-            columns += [BarColumn(), TaskProgressColumn(), amount, TimeRemainingColumn()]
-        columns.append(TimeElapsedColumn())
+        if total is None:
+            columns.append(TimeElapsedColumn())
+        else:
+            columns += [BarColumn(_BAR_COLUMNS), TaskProgressColumn(), amount]
+            columns.append(TimeRemainingColumn())
         self._bar = rich.progress.Progress(*columns, console=self._console, transient=True)
-        self._bar.add_task(stage, total=total)
+        room = max(8, self._console.width - _COLUMNS_BESIDE_NAME)
+        name = stage if len(stage) <= room else stage[: room - 1] + "…"
+        self._bar.add_task(name, total=total)
         self._bar.start()
 
     def advance(self, amount: int = 1) -> None:
@@ -235,7 +259,7 @@ def format_bytes(count: int) -> str:
 
 def _console(stream: object, *, color: bool) -> Console:
     terminal = getattr(stream, "isatty", lambda: False)()
-    return Console(
+    return _Console(
         file=stream,  # type: ignore[arg-type]  # sys.stdout or sys.stderr
         no_color=not color,
         width=None if terminal else _PIPE_COLUMNS,

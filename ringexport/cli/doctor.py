@@ -140,7 +140,8 @@ def stale_builds() -> list[str]:
 
     here = Path()
     folders = [here, *(path for path in here.iterdir() if path.is_dir())]
-    return [str(path) for folder in folders for path in find_stale_builds(folder)]
+    kinds = ("tmp", "old", "work")
+    return [str(path) for folder in folders for path in find_stale_builds(folder, kinds=kinds)]
 
 
 def _check_python() -> Check:
@@ -165,9 +166,11 @@ def _check_package(name: str, install: str) -> Check:
 
 
 def _check_onnxruntime() -> Check:
+    from ringexport.runtime.onnxruntime_import import import_onnxruntime
+
     install = "pip install 'ringexport[ort]'"
     try:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
     except ImportError as error:
         detail = "not installed" if error.name == "onnxruntime" else str(error).splitlines()[0]
         return Check(name="onnxruntime", found=False, detail=detail, install=install)

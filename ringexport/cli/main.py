@@ -2,18 +2,24 @@
 
 import difflib
 import importlib
-import io
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import click
 
 from ringexport.cli.app import App
-from ringexport.errors import RingExportError
+from ringexport.cli.streams import drop_stdout, prepare_streams, stdout_problem
+from ringexport.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    OutputError,
+    RingExportError,
+)
 from ringexport.settings import load_settings
 from ringexport.version import __version__
 
@@ -32,6 +38,7 @@ COMMANDS = {
 """The commands in the order in which people meet them; the list is shown without importing them."""
 
 EXIT_USAGE = 2
+EXIT_MEMORY = 7
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -45,6 +52,7 @@ EXIT_CODES = {
     4: "a target or backend that cannot run here",
     5: "building the graph or the engine failed",
     6: "the output cannot be written",
+    EXIT_MEMORY: "out of memory",
     EXIT_BUG: "a bug in ringexport",
     EXIT_INTERRUPTED: "interrupted with Ctrl-C",
     EXIT_BROKEN_PIPE: "the program that reads the output closed it",
@@ -52,7 +60,7 @@ EXIT_CODES = {
 }
 """Every exit code; docs/cli.md shows this table."""
 
-DEFAULT_HINT = "the command with --help shows what it takes, ringexport inspect what a path holds"
+MEMORY_HINT = "use fewer rows or tokens, end other programs, or take a machine with more memory"
 ISSUES_HINT = "run the command again with -v and report what it prints, with the command itself"
 
 
@@ -66,6 +74,19 @@ class _ClosedPipeError(BaseException):
 
 class _LazyGroup(click.Group):
     """A group whose commands are imported when they are named; they import their own needs."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Parse the command line, which may write the help, and let a closed pipe through click."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except BrokenPipeError as error:
+            raise _ClosedPipeError from error
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command, and let a closed pipe through click."""
@@ -117,9 +138,7 @@ def cli(context: click.Context) -> None:
 def main() -> None:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _on_terminate)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     code = run_cli(sys.argv[1:])
     sys.exit(code)
 
@@ -133,21 +152,35 @@ def run_cli(arguments: Sequence[str]) -> int:
     Returns:
         The exit code; everything there is to say has been written.
     """
+    app = App()
     try:
-        code = _run_reporting(arguments)
-        sys.stdout.flush()
+        code = _run_reporting(arguments, app)
+        return _flush(app) or code
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted", EXIT_INTERRUPTED)
     except _TerminatedError:
         return _say("terminated", EXIT_TERMINATED)
     except (_ClosedPipeError, BrokenPipeError):
-        return _drop_stdout()
-    return code
+        drop_stdout()
+        return EXIT_BROKEN_PIPE
+    except OSError:  # not even the sentence about an error could be written to stderr
+        drop_stdout()
+        return OutputError.exit_code
 
 
-def _run_reporting(arguments: Sequence[str]) -> int:
+def _flush(app: App) -> int:
+    """Write what is still buffered; return an exit code if that fails, else 0."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _report_system(error, app)
+    return 0
+
+
+def _run_reporting(arguments: Sequence[str], app: App) -> int:
     """Run one command line and report the errors that a sentence explains."""
-    app = App()
     try:
         app.settings = load_settings()
         code = cli.main(list(arguments), prog_name="ringexport", standalone_mode=False, obj=app)
@@ -155,9 +188,15 @@ def _run_reporting(arguments: Sequence[str]) -> int:
         return _report(error, app)
     except click.ClickException as error:
         return _report_usage(error, app)
-    except click.Abort:
+    except (click.Abort, BrokenPipeError):
         raise
     except Exception as error:  # noqa: BLE001 (the one place where every bug ends)
+        if _is_out_of_memory(error):
+            command = " ".join(["ringexport", *arguments[:1]])
+            message = f"out of memory while running {command}"
+            return _complain(app, message, MEMORY_HINT, EXIT_MEMORY)
+        if isinstance(error, OSError):
+            return _report_system(error, app)
         return _report_bug(error, app)
     return code if isinstance(code, int) else 0
 
@@ -170,14 +209,53 @@ def _on_terminate(number: int, frame: FrameType | None) -> None:
 def _report(error: RingExportError, app: App) -> int:
     if app.verbose:
         traceback.print_exc()
-    return _complain(app, error.message, error.hint or DEFAULT_HINT, error.exit_code)
+    return _complain(app, error.message, error.hint or _hint(error), error.exit_code)
 
 
-def _complain(app: App, message: str, hint: str, code: int) -> int:
-    """Write one sentence and, on its own line, the hint; return the exit code."""
+def _hint(error: RingExportError) -> str | None:
+    """Return what helps against errors that bring no hint of their own, if anything does."""
+    if isinstance(error.__cause__, PermissionError):
+        return "check the permissions of the file"
+    if isinstance(error, ConfigError) and "config.json" in error.message:
+        return "use the config.json published with the weights"
+    if isinstance(error, CheckpointError):
+        return "compare the files with the published ones, or download them again"
+    if isinstance(error, ContextLengthError):
+        return "give a shorter text"
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; the runtimes report that as a RuntimeError of their own."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    marks = ("can't allocate memory", "bad_alloc", "bad allocation", "Failed to allocate memory")
+    return isinstance(error, RuntimeError) and any(mark in text for mark in marks)
+
+
+def _report_system(error: OSError, app: App) -> int:
+    """Explain an error of the operating system that no command has explained."""
+    problem = stdout_problem(error)
+    if problem is not None:
+        drop_stdout()
+        hint = "send the output elsewhere"
+        message = f"cannot write the result to stdout: {problem}"
+        return _complain(app, message, hint, OutputError.exit_code)
+    if error.filename is not None and error.strerror:
+        message = f"cannot use {str(error.filename)[:200]}: {error.strerror.lower()}"
+        hint = "check the path and its permissions"
+        return _complain(app, message, hint, ConfigError.exit_code)
+    return _report_bug(error, app)
+
+
+def _complain(app: App, message: str, hint: str | None, code: int) -> int:
+    """Write one sentence and, on its own line, the hint if there is one; return the exit code."""
     color = None if app.settings.color else False  # None lets click look at the terminal
     click.secho("error: ", fg="red", bold=True, err=True, nl=False, color=color)
     click.echo(message, err=True)
+    if hint is None:
+        return code
     click.secho("hint: ", fg="cyan", err=True, nl=False, color=color)
     click.echo(hint, err=True)
     return code
@@ -207,10 +285,3 @@ def _report_bug(error: Exception, app: App) -> int:
 def _say(text: str, code: int) -> int:
     click.echo(text, err=True)
     return code
-
-
-def _drop_stdout() -> int:
-    """Send what is still buffered nowhere, so that nothing complains at exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    return EXIT_BROKEN_PIPE

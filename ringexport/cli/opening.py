@@ -1,26 +1,28 @@
 """Open what the user names: a bundle or a checkpoint becomes an engine, a file a text."""
 
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from ringexport.bundle import MANIFEST_NAME, EngineBundle
 from ringexport.cli.app import App
 from ringexport.compare.perplexity import Text
-from ringexport.errors import ConfigError
-from ringexport.ops.decay import DecayIndex
+from ringexport.errors import CheckpointError, ConfigError, DigestError
+from ringexport.ops.decay_index import DecayIndex
 from ringexport.progress import Progress
 from ringexport.runtime.registry import (
     RunnerOptions,
     open_bundle_runner,
     open_checkpoint_runner,
 )
+from ringexport.runtime.runner import Runner
 from ringexport.runtime.session import Engine
 from ringexport.runtime.tokenizer import ModelTokenizer
 
-__all__ = ["open_engine", "read_text", "texts_from_files"]
+__all__ = ["open_engine", "open_runner", "read_text", "texts_from_files"]
+
+_MAX_TEXT_BYTES = 1 << 30
 
 
 def open_engine(
@@ -70,7 +72,7 @@ def open_engine(
         if bundle is None:
             runner = open_checkpoint_runner(path, backend, options)
         else:
-            runner = open_bundle_runner(bundle, backend, options)
+            runner = open_runner(bundle, backend, options)
         stack.callback(runner.close)
         tokenizer = ModelTokenizer.open(directory, vocab_size=runner.spec.vocab_size)
         stack.pop_all()
@@ -78,13 +80,32 @@ def open_engine(
     return Engine(runner, tokenizer, bundle=bundle)
 
 
+def open_runner(bundle: EngineBundle, backend: str, options: RunnerOptions) -> Runner:
+    """Load a bundle's model; a checkpoint that the user gave and that is another one is named.
+
+    Raises:
+        RingExportError: as `open_bundle_runner`.
+    """
+    try:
+        return open_bundle_runner(bundle, backend, options)
+    except (CheckpointError, DigestError) as error:
+        if options.checkpoint is None:
+            raise
+        raise type(error)(
+            f"{options.checkpoint} is not the checkpoint that the bundle was built from:"
+            f" {error.message}",
+            hint="give the directory that it was built from with --checkpoint",
+        ) from error
+
+
 def read_text(path: Path) -> str:
     """Read a text file.
 
     Raises:
-        ConfigError: it cannot be read or is not UTF-8.
+        ConfigError: it is no regular file, too large for a text, unreadable or not UTF-8.
     """
     try:
+        _check_text_file(path)
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -92,7 +113,21 @@ def read_text(path: Path) -> str:
             hint="convert it to UTF-8",
         ) from error
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"cannot read {path}: {reason}") from error
+
+
+def _check_text_file(path: Path) -> None:
+    """Refuse what would never end, or would not fit into memory."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+        raise ConfigError(f"cannot read {path}: it is {kind}", hint="give a text file")
+    if found.st_size > _MAX_TEXT_BYTES:
+        raise ConfigError(
+            f"{path} has {found.st_size:,} bytes, expected at most {_MAX_TEXT_BYTES:,}",
+            hint="give a part of it",
+        )
 
 
 def texts_from_files(
@@ -106,13 +141,14 @@ def texts_from_files(
         max_tokens: cut each text after so many tokens.
 
     Raises:
-        ConfigError: a file that cannot be read.
+        ConfigError: a file that cannot be read, or has less than two tokens.
     """
-    texts = []
-    for path in paths:
-        tokens = tokenizer.encode(read_text(path))[:max_tokens]
-        num_bytes = sum(len(tokenizer.token_bytes(token)) for token in tokens[1:])
-        texts.append(
-            Text(name=str(path), tokens=np.asarray(tokens, dtype=np.int64), num_bytes=num_bytes)
-        )
+    texts = [Text.encode(tokenizer, str(path), read_text(path), max_tokens) for path in paths]
+    for text in texts:
+        if len(text.tokens) < 2:
+            raise ConfigError(
+                f"there is nothing to score in {text.name}: it has {len(text.tokens)} tokens,"
+                " expected at least 2",
+                hint="give a longer --text",
+            )
     return texts

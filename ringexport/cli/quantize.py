@@ -1,6 +1,6 @@
 """``ringexport quantize``: a bf16 checkpoint becomes a quantized one."""
 
-import os
+import contextlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ringexport.cli.app import App, JsonValue, command_options, json_option, pass_app
+from ringexport.cli.app import (
+    App,
+    JsonValue,
+    command_options,
+    json_option,
+    pass_app,
+    worker_threads,
+)
+from ringexport.cli.schemes import calibration_options, scheme_json, show_schemes
 
 if TYPE_CHECKING:
     from ringexport.cli.console import Terminal
-    from ringexport.quantize.resolve import ResolvedRecipe
     from ringexport.quantize.run import QuantizeEstimate, QuantizeResult
 
 resource: ModuleType | None
@@ -42,12 +49,18 @@ __all__ = ["command"]
     metavar="NAME|FILE.toml",
     help="What is quantized and how: the name of a shipped recipe, or your own file.",
 )
+@calibration_options
 @click.option(
-    "--stats",
-    "stats_path",
+    "--save-stats",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Calibration stats, for recipes with static scales or SmoothQuant.",
+    help="Keep the stats of the calibration, for --stats.",
+)
+@click.option(
+    "--sensitivity",
+    metavar="SIZE",
+    help="Instead, quantize one group of modules at a time, show what each costs on held-out "
+    "texts, and write a mixed recipe for weights of SIZE, such as 11MB, to OUTPUT.toml.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Show the scheme of every kind of module, write nothing."
@@ -59,43 +72,58 @@ def command(
     app: App,
     checkpoint: Path,
     output: Path,
-    recipe: str,
-    stats_path: Path | None,
     *,
+    recipe: str,
+    calibration: str | None,
+    calibration_samples: int | None,
+    stats_path: Path | None,
+    save_stats: Path | None,
+    sensitivity: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write a quantized copy of a CHECKPOINT directory in the compressed-tensors format.
 
     Weights are read and written a few megabytes at a time. A run that was killed is continued by
-    the next one with the same arguments; the same inputs always give the same bytes.
+    the next one with the same arguments; the same inputs always give the same bytes. Recipes with
+    static scales or SmoothQuant run a calibration first.
     """
-    from ringexport.quantize.run import estimate, quantize_checkpoint
+    from ringexport.pipeline.calibrated import CalibrationRequest
+    from ringexport.pipeline.quantized import quantize
+    from ringexport.quantize.run import estimate
     from ringexport.quantize.shipped import load_recipe
-    from ringexport.stats import CalibrationStats
 
+    before = _peak_bytes()
     wanted = load_recipe(recipe)
     terminal = app.terminal
     if dry_run:
         _show_estimate(app, terminal, estimate(checkpoint, wanted), as_json=as_json)
         return
-    stats = CalibrationStats.load(stats_path) if stats_path is not None else None
+    request = CalibrationRequest(
+        prompts=calibration, num_samples=calibration_samples, stats=stats_path
+    )
+    if sensitivity is not None:
+        from ringexport.cli.sensitivity import run_sensitivity
+
+        run_sensitivity(app, checkpoint, output, (recipe, sensitivity), request, as_json=as_json)
+        return
     with terminal.progress() as progress:
-        result = quantize_checkpoint(
+        result = quantize(
             checkpoint,
             output,
             wanted,
-            stats=stats,
-            threads=_threads(app),
+            request,
+            save_stats=save_stats,
+            threads=worker_threads(app),
             progress=progress,
         )
     if as_json:
-        app.write_json(_result_json(result))
+        app.write_json(_result_json(result, before))
         return
-    _show_result(terminal, result)
+    _show_result(terminal, result, before)
 
 
-def _show_result(terminal: "Terminal", result: "QuantizeResult") -> None:
+def _show_result(terminal: "Terminal", result: "QuantizeResult", before: int) -> None:
     from ringexport.cli.console import format_bytes
 
     moved = result.source_bytes + result.output_bytes
@@ -104,7 +132,8 @@ def _show_result(terminal: "Terminal", result: "QuantizeResult") -> None:
         f"{result.resolved.recipe.name} to {result.path}: {format_bytes(result.source_bytes)} "
         f"became {format_bytes(result.output_bytes)} in {result.seconds:.1f} s "
         f"({format_bytes(int(moved / max(result.seconds, 1e-9)))}/s read and written), "
-        f"peak memory {format_bytes(_peak_bytes())}"
+        f"peak memory {format_bytes(_peak_bytes())}, "
+        f"{format_bytes(_peak_bytes() - before)} above the interpreter"
     )
     if result.reused_files:
         terminal.say(f"{result.reused_files} weight file(s) of an earlier run were used again")
@@ -123,9 +152,9 @@ def _show_estimate(
                 "source_bytes": found.source_bytes,
                 "output_bytes": found.output_bytes,
                 "needs_stats": list(found.resolved.stats_reasons),
-                "schemes": _scheme_rows(found.resolved),
+                "schemes": scheme_json(found.resolved.rows()),
                 "modules": {
-                    entry.module.name: _describe(entry.scheme.weights)
+                    entry.module.name: str(entry.scheme.weights or "as they are")
                     for entry in found.resolved.modules
                 },
             }
@@ -133,50 +162,18 @@ def _show_estimate(
         return
     from ringexport.cli.console import format_bytes
 
-    terminal.table(
-        ("modules", "kind", "parameters", "weights", "activations", "first"),
-        [
-            (
-                str(row["modules"]),
-                row["kind"],
-                f"{row['parameters']:,}",
-                row["weights"],
-                row["activations"],
-                row["first"],
-            )
-            for row in _scheme_rows(found.resolved)
-        ],
-        right=(0, 2),
-    )
+    show_schemes(terminal, found.resolved.rows())
     facts = {
         "recipe": found.resolved.recipe.name,
         "weights read": format_bytes(found.source_bytes),
         "weights written": format_bytes(found.output_bytes),
-        "needs calibration stats": "; ".join(found.resolved.stats_reasons) or "no",
+        "needs calibration": "; ".join(found.resolved.stats_reasons) or "no",
     }
     terminal.facts(facts)
     terminal.say("dry run: nothing was written")
 
 
-def _scheme_rows(resolved: "ResolvedRecipe") -> list[dict[str, JsonValue]]:
-    return [
-        {
-            "modules": row.modules,
-            "kind": row.kind,
-            "parameters": row.parameters,
-            "weights": _describe(row.scheme.weights),
-            "activations": _describe(row.scheme.activations),
-            "first": row.example,
-        }
-        for row in resolved.rows()
-    ]
-
-
-def _describe(scheme: object) -> str:
-    return "as they are" if scheme is None else str(scheme)
-
-
-def _result_json(result: "QuantizeResult") -> JsonValue:
+def _result_json(result: "QuantizeResult", before: int) -> JsonValue:
     return {
         "checkpoint": str(result.path),
         "recipe": result.resolved.recipe.name,
@@ -187,15 +184,18 @@ def _result_json(result: "QuantizeResult") -> JsonValue:
         "reused_files": result.reused_files,
         "seconds": result.seconds,
         "peak_memory_bytes": _peak_bytes(),
+        "memory_above_start_bytes": _peak_bytes() - before,
     }
 
 
-def _threads(app: App) -> int:
-    return app.settings.threads or min(os.cpu_count() or 1, 16)
-
-
 def _peak_bytes() -> int:
-    """Return the most memory that this process had resident, 0 where nobody knows."""
+    """Return the most memory that this process had resident, 0 where nobody knows.
+
+    Linux says it in /proc; `getrusage` would count what the parent had before it started us.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(text.partition("VmHWM:")[2].split()[0]) * 1024
     if resource is None:
         return 0
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

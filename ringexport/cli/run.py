@@ -1,9 +1,10 @@
 """``ringexport run``: continue a prompt, or answer it as a chat."""
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -31,6 +32,8 @@ SAMPLING_DEFAULTS = {
 }
 """What the help shows; the values come from `SamplingParams`, and a test compares the two."""
 
+_MAX_COUNT = 2**31 - 1
+_UTF8_HINT = "convert the prompt to UTF-8"
 _STOP_REASONS = {
     "stop_token": "stop token",
     "stop_text": "stop text",
@@ -38,6 +41,28 @@ _STOP_REASONS = {
     "context": "context full",
     "cancelled": "cancelled",
 }
+
+
+class _Number(click.FloatRange):
+    """A number in a range; NaN and infinity, which every comparison lets through, are not."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse the text of an option."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return float(number)
+
+
+def _stop_texts(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Refuse an empty stop text, which is everywhere."""
+    if "" in values:
+        raise click.BadParameter("a stop text may not be empty", context, option)
+    return values
 
 
 def _sampling(
@@ -64,16 +89,30 @@ def _sampling(
     show_default=True,
     help="With --chat, let the model think before it answers.",
 )
-@_sampling("max_new_tokens", click.IntRange(min=0), "Stop after so many tokens.")
-@_sampling("temperature", click.FloatRange(min=0), "Divide the logits by this; 0 is greedy.")
-@_sampling("top_k", click.IntRange(min=0), "Keep the k most likely tokens; 0 keeps all.")
-@_sampling("top_p", float, "Keep the most likely tokens up to this sum of probabilities.")
-@_sampling("min_p", float, "Keep tokens this likely, relative to the most likely.")
-@_sampling("repetition_penalty", float, "Make tokens that were seen less likely, above 1.")
+@_sampling("max_new_tokens", click.IntRange(0, _MAX_COUNT), "Stop after so many tokens.")
+@_sampling("temperature", _Number(min=0), "Divide the logits by this; 0 is greedy.")
+@_sampling("top_k", click.IntRange(0, _MAX_COUNT), "Keep the k most likely tokens; 0 keeps all.")
+@_sampling(
+    "top_p",
+    _Number(0, 1, min_open=True),
+    "Keep the most likely tokens up to this sum of probabilities.",
+)
+@_sampling("min_p", _Number(0, 1), "Keep tokens this likely, relative to the most likely.")
+@_sampling(
+    "repetition_penalty",
+    _Number(min=0, min_open=True),
+    "Make tokens that were seen less likely, above 1.",
+)
 @click.option(
     "--seed", type=click.IntRange(min=0), metavar="N", help="The same seed gives the same text."
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="End at this text; repeatable.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    callback=_stop_texts,
+    help="End at this text; repeatable.",
+)
 @backend_option
 @click.option("--stream/--no-stream", default=True, help="Write the text as it is generated.")
 @json_option
@@ -103,13 +142,19 @@ def command(
 
     text = _read_prompt(prompt)
     given = {name: value for name, value in sampling.items() if value is not None}
-    params = SamplingParams(stop=stop, **given)  # type: ignore[arg-type]  # click checked the types
+    try:
+        params = SamplingParams(stop=stop, **given)  # type: ignore[arg-type]  # click checked types
+    except ConfigError as error:
+        hint = "ringexport run --help shows the ranges"
+        raise ConfigError(error.message, hint=hint) from error
     terminal = app.terminal
     with terminal.progress(keep_lines=False) as progress:
         engine = open_engine(app, bundle, progress, backend=app.backend(backend))
     with engine:
         if chat:
             text = engine.chat_prompt([{"role": "user", "content": text}], thinking=thinking)
+        elif not as_json:
+            terminal.show_prompt(text)
         result = _generate(engine, text, params, show=stream and not as_json)
         if as_json:
             app.write_json({"backend": engine.runner.spec.name, **asdict(result)})
@@ -151,18 +196,21 @@ def _statistics(backend: str, result: "GenerationResult") -> str:
 
 def _read_prompt(argument: str | None) -> str:
     """Return the prompt: the argument, or stdin without the newline at its end."""
-    if argument is None and sys.stdin.isatty():
+    stdin: TextIO | None = sys.stdin  # None if the caller has closed it
+    if argument is None and (stdin is None or stdin.isatty()):
         raise click.UsageError("give a PROMPT, or - to read it from stdin")
     if argument is None or argument == "-":
-        data = sys.stdin.buffer.read()
+        if stdin is None:
+            raise click.UsageError("the prompt was to come from stdin, which is closed")
+        data = stdin.buffer.read()
         try:
             text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
-            raise ConfigError("the prompt on stdin is not UTF-8 text") from error
+            raise ConfigError("the prompt on stdin is not UTF-8 text", hint=_UTF8_HINT) from error
     else:
         text = argument
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ConfigError("the prompt is not UTF-8 text") from error
+        raise ConfigError("the prompt is not UTF-8 text", hint=_UTF8_HINT) from error
     return text

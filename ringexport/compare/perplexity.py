@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from ringexport.compare.windows import Predictions, num_predictions, predict
 from ringexport.errors import ConfigError
 from ringexport.progress import NoProgress, Progress
 from ringexport.runtime.runner import Runner
+from ringexport.runtime.tokenizer import ModelTokenizer
 
 __all__ = ["PairScore", "Score", "Text", "perplexity", "perplexity_pair"]
 
@@ -29,6 +31,15 @@ class Text:
     name: str
     tokens: npt.NDArray[np.int64]
     num_bytes: int
+
+    @classmethod
+    def encode(
+        cls, tokenizer: ModelTokenizer, name: str, content: str, max_tokens: int | None = None
+    ) -> Self:
+        """Tokenize a text, cut after `max_tokens`."""
+        tokens = tokenizer.encode(content)[:max_tokens]
+        num_bytes = sum(len(tokenizer.token_bytes(token)) for token in tokens[1:])
+        return cls(name=name, tokens=np.asarray(tokens, dtype=np.int64), num_bytes=num_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Measure first-token time and decode speed of runners on equal terms."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,14 +23,14 @@ class BenchConfig:
     Attributes:
         batch: rows that are decoded at once.
         prefill: prompt lengths in tokens whose first-token time is measured, with one row.
-        context: tokens in the state when decoding starts.
+        context: tokens in the state when decoding starts; each number is measured.
         decode: decoded tokens per run.
         repeat: runs; the median counts. One more run warms up.
     """
 
     batch: tuple[int, ...] = (1,)
     prefill: tuple[int, ...] = (128, 2000)
-    context: int = 128
+    context: tuple[int, ...] = (128,)
     decode: int = 64
     repeat: int = 3
 
@@ -39,10 +40,10 @@ class BenchConfig:
         Raises:
             ConfigError: a number below 1, or more tokens than the context holds.
         """
-        numbers = (*self.batch, *self.prefill, self.context, self.decode, self.repeat)
-        if not self.batch or min(numbers) < 1:
+        numbers = (*self.batch, *self.prefill, *self.context, self.decode, self.repeat)
+        if not self.batch or not self.context or min(numbers) < 1:
             raise ConfigError("bench needs positive numbers of rows, tokens and runs")
-        longest = max(*self.prefill, self.context + self.decode)
+        longest = max(*self.prefill, max(self.context) + self.decode)
         if longest > context_length:
             raise ConfigError(
                 f"bench would use {longest} tokens, the context holds {context_length}",
@@ -57,13 +58,13 @@ class Speed:
     Attributes:
         name: of the runner.
         first_token_ms: prompt length to median time until its last logits, one row.
-        decode_tokens_per_s: batch to median speed, all rows together.
-        spread: (slowest - fastest) / median of the decode runs with the first batch.
+        decode_tokens_per_s: context to batch to median speed, all rows together.
+        spread: (slowest - fastest) / median of the first decode runs.
     """
 
     name: str
     first_token_ms: dict[int, float]
-    decode_tokens_per_s: dict[int, float]
+    decode_tokens_per_s: dict[int, dict[int, float]]
     spread: float
 
     def to_dict(self) -> dict[str, object]:
@@ -72,7 +73,8 @@ class Speed:
             "backend": self.name,
             "first_token_ms": {str(key): value for key, value in self.first_token_ms.items()},
             "decode_tokens_per_s": {
-                str(key): value for key, value in self.decode_tokens_per_s.items()
+                str(context): {str(batch): value for batch, value in speeds.items()}
+                for context, speeds in self.decode_tokens_per_s.items()
             },
             "spread": self.spread,
         }
@@ -127,25 +129,26 @@ def measure(runner: Runner, config: BenchConfig, *, progress: Progress | None = 
     """
     progress = progress or NoProgress()
     config.check(runner.spec.context_length)
-    total = (len(config.prefill) + len(config.batch)) * (config.repeat + 1)
+    total = (len(config.prefill) + len(config.context) * len(config.batch)) * (config.repeat + 1)
     progress.start(f"measuring {runner.spec.name}", total, "runs")
     first_token_ms = {}
     for length in config.prefill:
         times = [_time_prefill(runner, length, progress) for _ in range(config.repeat + 1)]
         first_token_ms[length] = 1000 * statistics.median(times[1:])
-    speeds: dict[int, float] = {}
-    spread = 0.0
-    for batch in config.batch:
-        times = [_time_decode(runner, batch, config, progress) for _ in range(config.repeat + 1)]
+    speeds: dict[int, dict[int, float]] = {context: {} for context in config.context}
+    spreads = []
+    for context, batch in itertools.product(config.context, config.batch):
+        shape = (batch, context, config.decode)
+        times = [_time_decode(runner, shape, progress) for _ in range(config.repeat + 1)]
         middle = statistics.median(times[1:])
-        spread = spread if speeds else (max(times[1:]) - min(times[1:])) / middle
-        speeds[batch] = batch * config.decode / middle
+        spreads.append((max(times[1:]) - min(times[1:])) / middle)
+        speeds[context][batch] = batch * config.decode / middle
     progress.finish()
     return Speed(
         name=runner.spec.name,
         first_token_ms=first_token_ms,
         decode_tokens_per_s=speeds,
-        spread=spread,
+        spread=spreads[0],
     )
 
 
@@ -159,12 +162,14 @@ def _time_prefill(runner: Runner, length: int, progress: Progress) -> float:
     return elapsed
 
 
-def _time_decode(runner: Runner, batch: int, config: BenchConfig, progress: Progress) -> float:
-    prompt = np.tile(prompt_tokens(config.context, runner.spec.vocab_size), (batch, 1))
+def _time_decode(runner: Runner, shape: tuple[int, int, int], progress: Progress) -> float:
+    """Decode (rows, tokens in the state, tokens to decode) and return the seconds."""
+    batch, context, decode = shape
+    prompt = np.tile(prompt_tokens(context, runner.spec.vocab_size), (batch, 1))
     state = runner.new_state(batch)
     tokens = runner.prefill(prompt, None, state).argmax(axis=-1)
     start = time.perf_counter()
-    for _ in range(config.decode):
+    for _ in range(decode):
         tokens = runner.decode(tokens, state).argmax(axis=-1)
     elapsed = time.perf_counter() - start
     progress.advance()

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,8 +27,13 @@ from ringexport.bundle.files import file_entry
 from ringexport.checkpoint import CheckpointWeights, RingConfig
 from ringexport.errors import BackendUnavailableError, CheckpointError, OutputError, RingExportError
 from ringexport.ops.decay import DecayIndex, log_decay
+from ringexport.pipeline.calibrated import CalibrationRequest
+from ringexport.pipeline.gate import GateRequest
+from ringexport.pipeline.quantized import QuantizationPlan, plan_quantization, quantized_weights
 from ringexport.pipeline.request import BuildRequest, resolve, target_directory
+from ringexport.pipeline.target_schemes import max_weight_bytes
 from ringexport.progress import NoProgress, Progress
+from ringexport.quantize.run import estimate as estimate_quantization
 from ringexport.runtime.registry import open_bundle_runner
 from ringexport.runtime.tokenizer import ModelTokenizer
 from ringexport.version import __version__
@@ -49,7 +54,7 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
-_GRAPH_BYTES = 16 << 20  # generous for the two graphs beside their weights
+_GRAPH_BYTES = 2 << 20  # two graphs of some 200 bytes a node, and the manifest
 _MEMORY_FACTOR = 2  # runtimes repack weights beside the loaded ones
 _SHAPING_PACKAGES = ("ml_dtypes", "numpy", "onnx")
 
@@ -64,7 +69,9 @@ class BuildEstimate:
         num_parameters: of the checkpoint.
         source_bytes: of its weight files.
         bundle_bytes: what the bundle will take at most.
+        work_bytes: what the quantized checkpoint takes beside it until the bundle is complete.
         free_bytes: on the disk of the output.
+        quantization: what is quantized and how.
     """
 
     build: ResolvedBuild
@@ -72,7 +79,9 @@ class BuildEstimate:
     num_parameters: int
     source_bytes: int
     bundle_bytes: int
+    work_bytes: int
     free_bytes: int
+    quantization: QuantizationPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,16 +127,23 @@ def estimate(request: BuildRequest) -> BuildEstimate:
     resolved = resolve(request)
     _check_paths(request)
     with _open_checkpoint(request.checkpoint) as weights:
+        plan = _plan(request, resolved, weights)
+        work_bytes = 0
+        if plan.resolved is not None:
+            recipe = plan.resolved.recipe
+            work_bytes = estimate_quantization(request.checkpoint, recipe).output_bytes
         parent = request.output.absolute().parent
         while not parent.exists():
             parent = parent.parent
         return BuildEstimate(
-            build=resolved,
+            build=replace(resolved, recipe=plan.name),
             architecture=ARCHITECTURE,
             num_parameters=weights.config.num_parameters,
             source_bytes=sum(path.stat().st_size for path in weights.files()),
-            bundle_bytes=_bundle_bytes(request, weights),
+            bundle_bytes=_bundle_bytes(request, weights, plan),
+            work_bytes=work_bytes,
             free_bytes=shutil.disk_usage(parent).free,
+            quantization=plan,
         )
 
 
@@ -157,30 +173,13 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
         progress.start("checking the checkpoint")
         weights = _open_checkpoint(request.checkpoint)
         progress.finish()
-    with (
-        weights,
-        BundleWriter(request.output, expected_bytes=_bundle_bytes(request, weights)) as writer,
-    ):
-        with clock.stage("copy"):
-            for name in MODEL_FILES:
-                if (request.checkpoint / name).is_file():
-                    shutil.copyfile(request.checkpoint / name, writer.path(f"model/{name}"))
-        targets = {}
-        for target in resolved.targets:
-            with clock.stage("export"):
-                targets[target] = _export(weights, resolved, target, writer, progress)
-        with clock.stage("digest"):
-            source = _source_info(request, weights, progress)
-        manifest = _manifest(resolved, weights.config, source, targets)
-
-        def check(bundle: EngineBundle) -> None:
-            with clock.stage("try"):
-                _try_targets(bundle, progress, notes)
-
-        start = time.perf_counter()
-        complete = writer.commit(manifest, progress=progress, check=check)
-        rest = time.perf_counter() - start - clock.seconds.get("try", 0.0)
-        clock.seconds["write"] = rest
+    with weights:
+        plan = _plan(request, resolved, weights)
+        resolved = replace(resolved, recipe=plan.name)
+        size = _bundle_bytes(request, weights, plan)
+        with BundleWriter(request.output, expected_bytes=size) as writer:
+            job = _Job(request, resolved, plan, weights, writer)
+            complete = _write(job, clock, progress, notes)
     return BuildResult(
         path=request.output,
         manifest=complete,
@@ -188,6 +187,66 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
         seconds=clock.seconds,
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One build: what was decided, what it reads and where it writes."""
+
+    request: BuildRequest
+    resolved: ResolvedBuild
+    plan: QuantizationPlan
+    weights: CheckpointWeights
+    writer: BundleWriter
+
+
+def _plan(
+    request: BuildRequest, resolved: ResolvedBuild, weights: CheckpointWeights
+) -> QuantizationPlan:
+    calibration = CalibrationRequest(
+        prompts=request.calibration,
+        num_samples=request.calibration_samples,
+        stats=request.stats,
+        decay_index=resolved.decay_index,
+    )
+    gate = GateRequest.parse(
+        request.gate, fallback=request.gate_fallback, decay_index=resolved.decay_index
+    )
+    plan = plan_quantization(weights, request.recipe, calibration, resolved.targets)
+    return plan.with_gate(gate)
+
+
+def _write(job: _Job, clock: _Clock, progress: Progress, notes: list[str]) -> Manifest:
+    """Quantize if asked for, write everything and put it in place."""
+    request, writer = job.request, job.writer
+    start = time.perf_counter()
+    with quantized_weights(
+        job.plan, job.weights, request.output, threads=request.threads, progress=progress
+    ) as (weights, quantization):
+        if job.plan.resolved is not None:
+            clock.seconds["quantize"] = time.perf_counter() - start
+        with clock.stage("copy"):
+            for name in MODEL_FILES:
+                if (request.checkpoint / name).is_file():
+                    shutil.copyfile(request.checkpoint / name, writer.path(f"model/{name}"))
+        targets = {}
+        for target in job.resolved.targets:
+            with clock.stage("export"):
+                targets[target] = _export(weights, job.resolved, target, writer, progress)
+        with clock.stage("digest"):
+            source = _source_info(request, job.weights, progress)
+        manifest = _manifest(job.resolved, weights.config, source, targets)
+        manifest = replace(manifest, quantization=quantization)
+        notes += quantization.notes if quantization is not None else ()
+
+        def check(bundle: EngineBundle) -> None:
+            with clock.stage("try"):
+                _try_targets(bundle, progress, notes)
+
+        start = time.perf_counter()
+        complete = writer.commit(manifest, progress=progress, check=check)
+        clock.seconds["write"] = time.perf_counter() - start - clock.seconds.get("try", 0.0)
+    return complete
 
 
 def _check_paths(request: BuildRequest) -> None:
@@ -210,8 +269,11 @@ def _open_checkpoint(checkpoint: Path) -> CheckpointWeights:
     """Open the weights and make sure that the tokenizer fits them."""
     for name in REQUIRED_FILES:
         if not (checkpoint / name).is_file():
+            problem = f"the checkpoint {checkpoint} has no {name}"
+            if (checkpoint / name).exists():
+                problem = f"{checkpoint / name} is not a regular file"
             raise CheckpointError(
-                f"the checkpoint {checkpoint} has no {name}",
+                problem,
                 hint="copy the complete checkpoint: config, tokenizer and weights",
             )
     weights = CheckpointWeights.open(checkpoint)
@@ -219,14 +281,15 @@ def _open_checkpoint(checkpoint: Path) -> CheckpointWeights:
     return weights
 
 
-def _bundle_bytes(request: BuildRequest, weights: CheckpointWeights) -> int:
-    """Return what the bundle takes at most: fp32 weights, copied files and graphs."""
+def _bundle_bytes(request: BuildRequest, weights: CheckpointWeights, plan: QuantizationPlan) -> int:
+    """Return what the bundle takes at most: weights, copied files and graphs."""
     copied = sum(
         (request.checkpoint / name).stat().st_size
         for name in MODEL_FILES
         if (request.checkpoint / name).is_file()
     )
-    return 4 * weights.config.num_parameters + copied + _GRAPH_BYTES
+    stored = max_weight_bytes(weights.config, plan.schemes) + copied
+    return stored + stored // 100 + _GRAPH_BYTES
 
 
 class _Exporter(Protocol):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ringexport.bundle import MANIFEST_NAME, EngineBundle
+from ringexport.bundle import MANIFEST_NAME, EngineBundle, QuantizationInfo
 from ringexport.checkpoint import CheckpointWeights, RingConfig
 from ringexport.checkpoint.safetensors_file import SafetensorsFile
-from ringexport.errors import BackendUnavailableError, ConfigError
+from ringexport.errors import BackendUnavailableError, ConfigError, GraphError
 from ringexport.progress import Progress
 
 __all__ = ["Description", "Table", "describe"]
@@ -164,6 +164,7 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress | None) -> 
         "built from": manifest.source.path,
         "digest": bundle.digest,
         "verified": verify,
+        **_quantization_facts(manifest.quantization),
     }
     targets = tuple(
         (
@@ -190,6 +191,7 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress | None) -> 
                 columns=("target", "directory", "bytes", "context tokens"),
                 rows=targets,
             ),
+            *_scheme_tables(manifest.quantization),
             Table(
                 title="log decay per token",
                 columns=("layer", "fastest head", "slowest head"),
@@ -199,6 +201,31 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress | None) -> 
             Table(title="source", columns=digest_columns, rows=source),
         ),
     )
+
+
+def _quantization_facts(found: QuantizationInfo | None) -> dict[str, object]:
+    if found is None:
+        return {}
+    facts: dict[str, object] = {}
+    if found.calibration is not None:
+        facts["calibrated with"] = found.calibration.prompts
+        facts["calibration tokens"] = found.calibration.num_tokens
+        facts["calibration stats"] = found.calibration.stats_sha256
+    facts["saturated elements"] = sum(found.saturated.values())
+    if found.notes:
+        facts["computed"] = "; ".join(found.notes)
+    return facts
+
+
+def _scheme_tables(found: QuantizationInfo | None) -> tuple[Table, ...]:
+    if found is None:
+        return ()
+    rows = tuple(
+        (row.kind, row.modules, row.parameters, row.weights or "-", row.activations or "-")
+        for row in found.schemes
+    )
+    columns = ("kind", "modules", "parameters", "weights", "activations")
+    return (Table(title="quantization", columns=columns, rows=rows),)
 
 
 def _describe_safetensors(path: Path) -> Description:
@@ -226,7 +253,10 @@ def _describe_onnx(path: Path) -> Description:
             f"looking into an ONNX file needs the package {error.name}",
             hint="pip install 'ringexport[torch]'",
         ) from error
-    summary = asdict(module.summarize_graph(path))
+    try:
+        summary = asdict(module.summarize_graph(path))
+    except GraphError as error:  # here a file that was given, not a graph that was built
+        raise ConfigError(error.message, hint="give a file that holds an ONNX graph") from error
     columns = ("name", "dtype", "shape")
 
     def tensors(title: str) -> Table:

@@ -7,26 +7,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringexport.errors import BackendUnavailableError, ConfigError
+from ringexport.ops.decay_index import DecayIndex
 
 if TYPE_CHECKING:
     from ringexport.bundle import ResolvedBuild
 
 __all__ = [
+    "AS_STORED",
     "AUTO",
     "DECAY_INDICES",
     "RECIPES",
     "RUNNABLE",
     "TARGET_FORMS",
+    "UNQUANTIZED",
     "BuildRequest",
     "resolve",
     "target_directory",
 ]
 
 AUTO = "auto"
+AS_STORED = "as-stored"
+"""What the recipe of a checkpoint that came quantized is called."""
+
+UNQUANTIZED = ("fp32", "bf16")
 DEFAULT_TARGET = "onnxruntime:cpu"
 
-DECAY_INDICES = ("serving", "hf", "clamped")
-"""Values of `ringexport.ops.decay.DecayIndex`, here because help must not import numpy."""
+_FILE_SUFFIX = ".toml"
+
+DECAY_INDICES = tuple(form.value for form in DecayIndex)
 
 RECIPES = {
     "fp32": "no quantization, computed in fp32",
@@ -36,12 +44,14 @@ RECIPES = {
     "fp8-block": "fp8 in blocks of 128 x 128",
     "fp8-all": "fp8 with lm_head, softmax projections and KV cache",
     "int8": "W8A8 with SmoothQuant",
-    "int8-weight-only": "8-bit weights, activations in fp32",
+    "int8-weight-only": "8-bit weights; inputs as the target takes them",
 }
 """Every recipe of the design and what it means."""
 
-RUNNABLE = {DEFAULT_TARGET: {"fp32": "fp32", "bf16": "fp32"}}
+RUNNABLE = {DEFAULT_TARGET: dict.fromkeys((name for name in RECIPES if name != "fp8-all"), "fp32")}
 """Target to recipe to compute dtype, for all that this version builds."""
+
+_REASONS = {"fp8-all": "its KV cache is fp32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +95,15 @@ class BuildRequest:
     Attributes:
         checkpoint: directory with config.json and weights.
         output: where the bundle is to be.
-        recipe: one of `RECIPES`, or "auto".
+        recipe: one of `RECIPES`, a .toml file, or "auto": as the checkpoint is.
         targets: names of targets, or "auto".
         decay_index: which form of the decay; see `DECAY_INDICES`.
+        calibration: prompts for recipes that need them: a shipped set or a .jsonl file.
+        calibration_samples: prompts at most; None for the default.
+        stats: file of an earlier calibration, instead of prompts.
+        threads: for quantizing; they do not change the result.
+        gate: limits such as "ppl=0.5%,kl=0.005,top1=97%"; None for none.
+        gate_fallback: leave the worst modules unquantized until the gate is passed.
     """
 
     checkpoint: Path
@@ -95,10 +111,16 @@ class BuildRequest:
     recipe: str = AUTO
     targets: tuple[str, ...] = (AUTO,)
     decay_index: str = "serving"
+    calibration: str | None = None
+    calibration_samples: int | None = None
+    stats: Path | None = None
+    threads: int = 1
+    gate: str | None = None
+    gate_fallback: bool = False
 
 
 def resolve(request: BuildRequest) -> "ResolvedBuild":
-    """Turn a request into decisions.
+    """Turn a request into decisions, all but what only the checkpoint can tell.
 
     Raises:
         ConfigError: an unknown name, or a recipe that a target does not run.
@@ -114,10 +136,10 @@ def resolve(request: BuildRequest) -> "ResolvedBuild":
     targets = tuple(sorted(names))
     for target in targets:
         _check_target(target)
-    recipe = "fp32" if request.recipe == AUTO else request.recipe
+    recipe = UNQUANTIZED[0] if request.recipe == AUTO else request.recipe
     dtypes = {_compute_dtype(recipe, target) for target in targets}
     return ResolvedBuild(
-        recipe=recipe,
+        recipe=Path(recipe).stem if recipe.endswith(_FILE_SUFFIX) else recipe,
         compute_dtype="+".join(sorted(dtypes)),
         decay_index=request.decay_index,
         targets=targets,
@@ -141,18 +163,16 @@ def _check_target(target: str) -> None:
 
 
 def _compute_dtype(recipe: str, target: str) -> str:
-    if recipe.endswith(".toml"):
-        raise ConfigError(
-            f"this version does not read recipe files such as {recipe}",
-            hint=f"recipes that {target} runs: {', '.join(RUNNABLE[target])}",
-        )
+    if recipe.endswith(_FILE_SUFFIX):
+        return RUNNABLE[target][UNQUANTIZED[0]]
     if recipe not in RECIPES:
         raise _unknown("recipe", recipe, tuple(RECIPES))
     dtype = RUNNABLE[target].get(recipe)
     if dtype is None:
         raise ConfigError(
-            f"the target {target} does not run the recipe {recipe} ({RECIPES[recipe]})",
-            hint=f"recipes that it runs: {', '.join(RUNNABLE[target])}",
+            f"the target {target} does not run the recipe {recipe} ({RECIPES[recipe]}): "
+            f"{_REASONS[recipe]}",
+            hint=f"recipes that it runs: {', '.join(RUNNABLE[target])}, or a file of your own",
         )
     return dtype
 

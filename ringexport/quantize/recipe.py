@@ -18,6 +18,7 @@ from ringexport.quantize.scheme import (
     ActivationScheme,
     KvCacheScheme,
     ModuleScheme,
+    StateFormat,
     WeightObserver,
     WeightScheme,
 )
@@ -35,16 +36,6 @@ class ComputeDtype(StrEnum):
 
     BF16 = "bf16"
     FP32 = "fp32"
-
-
-class StateFormat(StrEnum):
-    """The format of the recurrent state; all but fp32 are experiments."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-    FP8_E4M3 = "fp8_e4m3"
-    INT8 = "int8"
 
 
 class Fold(StrEnum):

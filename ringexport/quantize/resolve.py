@@ -1,5 +1,7 @@
 """Apply a recipe to a model: every module that can be quantized gets exactly one scheme."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from ringexport.quantize.modules import (
 from ringexport.quantize.recipe import Recipe, RecipeRule
 from ringexport.quantize.scheme import ModuleScheme
 
-__all__ = ["ResolvedModule", "ResolvedRecipe", "SchemeRow", "resolve_recipe"]
+__all__ = ["ResolvedModule", "ResolvedRecipe", "SchemeRow", "resolve_recipe", "scheme_rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,22 +79,34 @@ class ResolvedRecipe:
             reasons.append("SmoothQuant")
         return tuple(reasons)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the recipe and the scheme of every module, hexadecimal."""
+        table = [[entry.module.name, repr(entry.scheme)] for entry in self.modules]
+        return hashlib.sha256(json.dumps([repr(self.recipe), table]).encode()).hexdigest()
+
     def rows(self) -> tuple[SchemeRow, ...]:
         """Return the table in short: one row per kind and scheme, in the order of the model."""
-        groups: dict[tuple[str, ModuleScheme], list[QuantizableModule]] = {}
-        for entry in self.modules:
-            key = (entry.module.kind.value, entry.scheme)
-            groups.setdefault(key, []).append(entry.module)
-        return tuple(
-            SchemeRow(
-                kind=kind,
-                scheme=scheme,
-                modules=len(group),
-                parameters=sum(module.shape[0] * module.shape[1] for module in group),
-                example=group[0].name,
-            )
-            for (kind, scheme), group in groups.items()
+        return scheme_rows((entry.module, entry.scheme) for entry in self.modules)
+
+
+def scheme_rows(
+    modules: Iterable[tuple[QuantizableModule, ModuleScheme]],
+) -> tuple[SchemeRow, ...]:
+    """Put modules of one kind and scheme together, in the order in which they come."""
+    groups: dict[tuple[str, ModuleScheme], list[QuantizableModule]] = {}
+    for module, scheme in modules:
+        groups.setdefault((module.kind.value, scheme), []).append(module)
+    return tuple(
+        SchemeRow(
+            kind=kind,
+            scheme=scheme,
+            modules=len(group),
+            parameters=sum(module.shape[0] * module.shape[1] for module in group),
+            example=group[0].name,
         )
+        for (kind, scheme), group in groups.items()
+    )
 
 
 def resolve_recipe(recipe: Recipe, config: RingConfig) -> ResolvedRecipe:

@@ -15,7 +15,6 @@ from ringexport.bundle.files import sync_path
 from ringexport.checkpoint import CheckpointWeights
 from ringexport.checkpoint.encoded import kv_scale_names
 from ringexport.checkpoint.shards import INDEX_NAME
-from ringexport.checkpoint.strict_json import read_object
 from ringexport.errors import CalibrationError, ConfigError, OutputError, QuantizationError
 from ringexport.ops.quantization import NumberFormat
 from ringexport.progress import NoProgress, Progress
@@ -28,6 +27,7 @@ from ringexport.quantize.smoothing import channel_absmax, weight_folds
 from ringexport.quantize.transforms import TensorFold
 from ringexport.quantize.workdir import FORMAT, REPORT_NAME, WorkDirectory
 from ringexport.stats import CalibrationStats, Quantity
+from ringexport.strict_json import read_object
 from ringexport.version import __version__
 
 __all__ = [

@@ -9,6 +9,7 @@ from ringexport.ops.schemes import (
     ActivationScheme,
     KvCacheScheme,
     ModuleScheme,
+    StateFormat,
     WeightObserver,
     WeightScheme,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "ActivationScheme",
     "KvCacheScheme",
     "ModuleScheme",
+    "StateFormat",
     "WeightObserver",
     "WeightScheme",
 ]

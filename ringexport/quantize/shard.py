@@ -92,6 +92,7 @@ class ShardWriter:
             yield from self._unit_jobs(unit)
 
     def _unit_jobs(self, unit: OutputUnit) -> Iterator[Callable[[], _Block]]:
+        self.weights.prefetch(unit.source)
         scale = self._tensor_scale(unit)
         for start, stop in _row_blocks(unit):
 

@@ -20,11 +20,11 @@ from ringexport.bundle.files import (
     sync_path,
     walk_files,
 )
+from ringexport.checkpoint.state_format import REPORT_NAME
 from ringexport.errors import OutputError
 
 __all__ = ["REPORT_NAME", "WorkDirectory", "check_output"]
 
-REPORT_NAME = "ringexport_quantization.json"
 """Marks a directory as written by `ringexport quantize`, which may replace it."""
 
 FORMAT = "ringexport-quantized-checkpoint"

@@ -10,6 +10,7 @@ from jinja2 import Template
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
 from ringexport.errors import CheckpointError, ConfigError
+from ringexport.files import file_exists, read_regular, resolve_inside
 from ringexport.runtime.chat_sandbox import ChatEnvironment
 
 __all__ = ["ChatTemplate", "Message"]
@@ -17,7 +18,9 @@ __all__ = ["ChatTemplate", "Message"]
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}, with further keys as the template knows them."""
 
-MAX_SOURCE = 500_000
+TEMPLATE_NAME = "chat_template.jinja"
+MAX_SOURCE = 100_000
+MAX_TOKEN = 10_000
 HINT = "do not trust this checkpoint, or give the prompt as plain text without the chat template"
 RENDER_ERRORS = (
     ArithmeticError,
@@ -69,7 +72,7 @@ class ChatTemplate:
             raise CheckpointError(
                 f"{where} is no valid Jinja: line {error.lineno}: {error.message}", hint=HINT
             ) from error
-        except (TemplateError, SyntaxError, *RENDER_ERRORS) as error:
+        except (TemplateError, SyntaxError, MemoryError, *RENDER_ERRORS) as error:
             raise self._refused(error) from error
 
     @classmethod
@@ -83,19 +86,25 @@ class ChatTemplate:
         Raises:
             CheckpointError: the template cannot be read or used.
         """
-        path = directory / "chat_template.jinja"
+        path = directory / TEMPLATE_NAME
         where, source = str(directory / "tokenizer_config.json"), config.get("chat_template")
-        if path.exists():
-            where, source = str(path), _read_text(path)
+        if file_exists(path):
+            where, source = str(path), _read_text(directory)
         if isinstance(source, list):
-            named = {item.get("name"): item for item in source if isinstance(item, dict)}
-            source = named.get("default", {}).get("template")
+            source = _default_template(source, where)
         if source is None:
             return None
         if not isinstance(source, str):
             raise CheckpointError(f"chat_template in {where} is no text")
         names = [key for key in config if re.fullmatch(r"\w+_token", key)]
-        variables = {key: _token_text(config[key]) for key in names}
+        texts = {key: _token_text(config[key]) for key in names}
+        variables = {key: text for key, text in texts.items() if isinstance(text, str)}
+        for key, text in variables.items():
+            if len(text) > MAX_TOKEN:
+                raise CheckpointError(
+                    f"{key} in {directory / 'tokenizer_config.json'} has {len(text):,} characters,"
+                    f" expected at most {MAX_TOKEN:,}"
+                )
         return cls(source, where=f"the chat template in {where}", variables=variables)
 
     def render(
@@ -146,11 +155,26 @@ class ChatTemplate:
         return CheckpointError(f"{self._where} {kind}: {reason[:400]}", hint=HINT)
 
 
-def _read_text(path: Path) -> str:
+def _read_text(directory: Path) -> str:
+    path = resolve_inside(directory, TEMPLATE_NAME, error=CheckpointError)
+    data = read_regular(path, limit_bytes=4 * MAX_SOURCE, error=CheckpointError)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _default_template(entries: list[Any], where: str) -> object:
+    """Return the template named "default" of a list of named ones."""
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise CheckpointError(
+                f"chat_template in {where} lists {str(entry)[:80]},"
+                " expected objects with a name and a template",
+                hint=HINT,
+            )
+    named = {entry["name"]: entry.get("template") for entry in entries}
+    return named.get("default")
 
 
 def _token_text(value: object) -> object:

@@ -109,7 +109,7 @@ class Row:
         self._started = self._first = self._last = time.perf_counter()
 
     def start(self) -> None:
-        """Start the clock; a row that wants no tokens is done with its prompt."""
+        """Start the clock, when the prompt of the row is about to be read."""
         self._started = self._first = self._last = time.perf_counter()
 
     def accept(self, logits: Logits) -> str:

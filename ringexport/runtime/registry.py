@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from ringexport.bundle import EngineBundle, FileEntry
-from ringexport.errors import BackendUnavailableError, CheckpointError, DigestError
+from ringexport.errors import BackendUnavailableError, BundleError, CheckpointError, DigestError
+from ringexport.files import sha256_of
 from ringexport.ops.decay import DecayIndex
 from ringexport.runtime.runner import DEFAULT_PREFILL_CHUNK, Runner
 
@@ -65,12 +66,7 @@ class RunnerOptions:
 def available_backends() -> tuple[BackendInfo, ...]:
     """Return all backends, the preferred first, without importing their packages."""
     ort = _package("onnxruntime:cpu", "onnxruntime", "ort")
-    cuda = BackendInfo(
-        name="onnxruntime:cuda",
-        missing="the state is kept in host memory",
-        hint="use onnxruntime:cpu",
-    )
-    return (ort, cuda, _package("torch", "torch", "torch"))
+    return (ort, _package("torch", "torch", "torch"))
 
 
 def _package(name: str, package: str, extra: str) -> BackendInfo:
@@ -178,7 +174,14 @@ def _torch_from_bundle(bundle: EngineBundle, options: RunnerOptions) -> Runner:
                 f"{checkpoint / entry.path} is not the file that the bundle was built from",
                 hint=hint,
             )
-    decay_index = DecayIndex(bundle.manifest.decay.form)
+    form = bundle.manifest.decay.form
+    if form not in list(DecayIndex):
+        raise BundleError(
+            f"the bundle {bundle.directory} has the decay form {form!r:.80},"
+            f" expected one of {', '.join(DecayIndex)}",
+            hint="build it again with: ringexport build",
+        )
+    decay_index = DecayIndex(form)
     return _torch_runner(checkpoint, options, decay_index, partial(_bundle_digest, bundle))
 
 
@@ -203,10 +206,11 @@ def _choose_target(bundle: EngineBundle, backend: str) -> str:
     if backend != "auto":
         info = _known_backend(backend)
         if backend not in bundle.targets:
+            runnable = [one.name for one in available_backends() if one.name in bundle.targets]
             raise BackendUnavailableError(
                 f"the bundle {bundle.directory} has no target {backend},"
-                f" it has {', '.join(bundle.targets)}",
-                hint=f"build it with: ringexport build CHECKPOINT -o BUNDLE --target {backend}",
+                f" it has {', '.join(bundle.targets) or 'none'}",
+                hint=f"choose {' or '.join(['auto', *runnable, 'torch'])}",
             )
         _require(info)
         return backend
@@ -226,7 +230,12 @@ def _choose_target(bundle: EngineBundle, backend: str) -> str:
 
 def _bundle_digest(bundle: EngineBundle) -> str:
     manifest = bundle.manifest
-    return _model_digest(manifest.source.files, manifest.decay.form, manifest.build.recipe)
+    recipe, quantization = manifest.build.recipe, manifest.quantization
+    if quantization is not None:
+        calibration = quantization.calibration
+        stats = "" if calibration is None else calibration.stats_sha256
+        recipe = f"{recipe}:{quantization.modules_sha256}:{stats}"
+    return _model_digest(manifest.source.files, manifest.decay.form, recipe)
 
 
 def _checkpoint_digest(checkpoint: Path, options: RunnerOptions) -> str:
@@ -254,7 +263,6 @@ def _model_digest(files: Iterable[FileEntry], decay: str, recipe: str) -> str:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

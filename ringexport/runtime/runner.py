@@ -1,8 +1,10 @@
 """The runner protocol, and the base class that checks every call once for all backends."""
 
 import logging
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,7 @@ __all__ = [
     "RunnerSpec",
     "StateT",
     "Tokens",
+    "memory_guard",
 ]
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ Logits = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
 StateT = TypeVar("StateT", bound=BaseState)
 DEFAULT_PREFILL_CHUNK = 4096
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +160,8 @@ class BaseRunner(ABC, Generic[StateT]):
         if batch < 1 or (limit is not None and batch > limit):
             wanted = "at least 1" if limit is None else f"1 to {limit}"
             raise ShapeError(f"a batch of {batch} rows was asked for, expected {wanted}")
-        return self._new_state(batch)
+        with memory_guard(f"the decode state of {batch:,} row(s)"):
+            return self._new_state(batch)
 
     def load_state(self, path: Path) -> StateT:
         """Return the state in a file that `save` of a state of the same model wrote.
@@ -198,12 +203,16 @@ class BaseRunner(ABC, Generic[StateT]):
         batch, width = ids.shape
         vocab = self._spec.vocab_size
         shape = (batch, width, vocab) if every_position else (batch, vocab)
-        result: Logits = np.zeros(shape, dtype=np.float32)
+        with memory_guard(f"logits of shape {list(shape)}"):
+            result: Logits = np.zeros(shape, dtype=np.float32)
         chunk = self._spec.prefill_chunk
         for start in range(0, int(sizes.max(initial=0)), chunk):
             part = np.clip(sizes - start, 0, chunk)
             stop = start + int(part.max())
-            logits = self._prefill_chunk(ids[:, start:stop], part, own, every_position)
+            with memory_guard(
+                f"the state and activations of {batch:,} row(s), {stop:,} tokens each"
+            ):
+                logits = self._prefill_chunk(ids[:, start:stop], part, own, every_position)
             if every_position:
                 result[:, start:stop] = logits
             else:
@@ -230,7 +239,8 @@ class BaseRunner(ABC, Generic[StateT]):
             self._check_context(own, np.ones_like(own.position))
         if ids.min() < 0 or ids.max() >= self._spec.vocab_size:
             self._check_ids(ids[:, None], np.ones_like(own.position))
-        return self._decode(ids, own)
+        with memory_guard(f"the state of {len(ids):,} row(s)"):
+            return self._decode(ids, own)
 
     def close(self) -> None:
         """Give everything back; later calls fail, a second close does nothing."""
@@ -315,6 +325,11 @@ class BaseRunner(ABC, Generic[StateT]):
 
     def _check_context(self, state: StateT, sizes: Tokens) -> None:
         limit = self._spec.context_length
+        if int(sizes.max(initial=0)) > limit:
+            raise ContextLengthError(
+                f"the prompt has {sizes.max():,} tokens, the context of this model holds {limit:,}",
+                hint="shorten the prompt",
+            )
         total = state.position + sizes
         row = int(total.argmax())
         if total[row] > limit:
@@ -336,6 +351,28 @@ class BaseRunner(ABC, Generic[StateT]):
                 hint="use the tokenizer of the same checkpoint",
             )
         return np.where(used, ids, 0)
+
+
+@contextmanager
+def memory_guard(what: str) -> Iterator[None]:
+    """Say what was being allocated when memory ran out.
+
+    Args:
+        what: for the message "not enough memory for ...".
+
+    Raises:
+        RingExportError: instead of MemoryError.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch raises RuntimeError, and a subclass of it for GPUs.
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise RingExportError(
+            f"not enough memory for {what}",
+            hint="use fewer or shorter prompts at a time, or a machine with more memory",
+        ) from error
 
 
 def _integers(name: str, values: npt.ArrayLike, rank: int) -> Tokens:

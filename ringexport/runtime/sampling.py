@@ -6,6 +6,7 @@ from the row's own generator, so a row's text does not depend on the other rows 
 """
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,12 @@ from ringexport.errors import ConfigError, RingExportError
 __all__ = ["Sampler", "SamplingParams", "TokenLogprobs", "token_logprobs"]
 
 MAX_LOGPROBS = 100
+MAX_FLOAT = sys.float_info.max
+PENALTY_RANGE = (0.01, 100.0)
+INTEGERS = ("max_new_tokens", "top_k", "seed", "logprobs")
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+FLAGS = ("ignore_eos", "skip_special_tokens")
+OPTIONAL = ("seed", "logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +37,7 @@ class SamplingParams:
         top_p: keep the fewest most likely tokens whose probabilities reach this sum; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely; 0 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens that are
-            in the prompt or the text; 1 does nothing.
+            in the prompt or the text; 1 does nothing, 0.01 to 100.
         seed: the same seed gives the same text; None draws a new one for each call.
         stop: texts that end the generation; they are not part of the text.
         ignore_eos: go on after a stop token.
@@ -38,7 +45,7 @@ class SamplingParams:
         logprobs: how many likely alternatives to report for each token; None reports nothing.
 
     Raises:
-        ConfigError: a value out of range; the message names it.
+        ConfigError: a value out of range or of another type; the message names it.
     """
 
     max_new_tokens: int = 256
@@ -54,15 +61,16 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 0, "at least 0")
-        _check("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        _check("temperature", self.temperature, 0 <= self.temperature <= MAX_FLOAT, "at least 0")
         _check("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps all)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty > 0, "above 0")
+        penalty, (low, high) = self.repetition_penalty, PENALTY_RANGE
+        _check("repetition_penalty", penalty, low <= penalty <= high, f"{low:g} to {high:g}")
         _check("seed", self.seed, self.seed is None or self.seed >= 0, "at least 0")
-        if isinstance(self.stop, str) or not all(
+        if not isinstance(self.stop, list | tuple) or not all(
             isinstance(text, str) and text for text in self.stop
         ):
             raise ConfigError(f"stop is {self.stop!r}, expected a list of texts that are not empty")
@@ -71,10 +79,24 @@ class SamplingParams:
         _check("logprobs", wanted, fits, f"0 to {MAX_LOGPROBS}")
 
 
+def _check_types(params: SamplingParams) -> None:
+    """Refuse values of other types; numpy's numbers are none of Python's, floats no integers."""
+    for names, kinds, expected in (
+        (INTEGERS, (int,), "an integer"),
+        (NUMBERS, (int, float), "a number"),
+        (FLAGS, (bool,), "True or False"),
+    ):
+        for name in names:
+            value = getattr(params, name)
+            absent = value is None and name in OPTIONAL
+            if not absent and (type(value) not in kinds):
+                raise ConfigError(f"{name} is {value!r:.80}, expected {expected}")
+
+
 def _check(name: str, value: float | None, fits: bool, expected: str) -> None:
     """Refuse a value that does not fit or is not finite."""
-    if not fits or (value is not None and not math.isfinite(value)):
-        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(f"{name} is {value!s:.80}, expected {expected}")
 
 
 @dataclass(frozen=True, slots=True)

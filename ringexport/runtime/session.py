@@ -10,6 +10,7 @@ from ringexport.bundle import EngineBundle
 from ringexport.errors import BundleError, CheckpointError, ConfigError
 from ringexport.runtime.chat import Message
 from ringexport.runtime.generation import Generation, GenerationResult, GenerationStream, Row
+from ringexport.runtime.prompt import Prompt, split_prompt
 from ringexport.runtime.registry import RunnerOptions, open_bundle_runner, open_checkpoint_runner
 from ringexport.runtime.runner import Runner
 from ringexport.runtime.sampling import SamplingParams
@@ -17,9 +18,6 @@ from ringexport.runtime.state import DecodeState, read_state_file, write_state_f
 from ringexport.runtime.tokenizer import ModelTokenizer
 
 __all__ = ["Engine", "GenerationResult", "GenerationStream", "Prompt", "Session"]
-
-Prompt = str | Sequence[int] | Sequence[Message]
-"""A text, token ids, or the messages of a chat."""
 
 
 class Engine:
@@ -82,19 +80,20 @@ class Engine:
         """Continue a prompt, or each text of a list in one batch.
 
         Args:
-            prompt: text, token ids, chat messages, or a list of texts.
+            prompt: text, token ids (a sequence or a numpy array of integers), chat messages, or a
+                list of texts.
             params: how to continue; greedy by default.
 
         Returns:
             One result, or a list of results for a list of texts.
 
         Raises:
-            ConfigError: an empty prompt.
+            ConfigError: an empty prompt or list, or a prompt of another type.
             ContextLengthError: a prompt longer than the context.
             ShapeError: token ids out of range.
             CheckpointError: messages, but no usable chat template.
         """
-        if isinstance(prompt, list) and all(isinstance(item, str) for item in prompt):
+        if isinstance(prompt, list) and prompt and all(isinstance(item, str) for item in prompt):
             return self.generate_batch([str(item) for item in prompt], params)
         return self.generate_batch([prompt], params)[0]  # type: ignore[list-item]
 
@@ -179,14 +178,15 @@ class Engine:
         return Session(self)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt; see `generate` for what it can be."""
+        """Return the ids of a prompt; see `generate` for what it can be.
+
+        Raises:
+            ConfigError: none of those.
+        """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        ids = [item for item in prompt if isinstance(item, int)]
-        messages = [item for item in prompt if not isinstance(item, int)]
-        if ids and messages:
-            raise ConfigError("the prompt mixes token ids and messages")
-        return self.tokenizer.encode(self.chat_prompt(messages)) if messages else ids
+        kind, items = split_prompt(prompt)
+        return items if kind == "ids" else self.tokenizer.encode(self.chat_prompt(items))
 
     def row(
         self, ids: Sequence[int], params: SamplingParams, *, history: Sequence[int] = ()

@@ -1,7 +1,6 @@
 """The tokenizer of a model folder: text to ids, ids to text piece by piece, and the stop ids."""
 
 import codecs
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,11 +9,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ringexport.errors import CheckpointError, ConfigError
+from ringexport.files import file_exists, resolve_inside
 from ringexport.runtime.chat import ChatTemplate
+from ringexport.strict_json import read_object
 
 __all__ = ["ModelTokenizer", "TextDecoder"]
 
 Json = Any  # what json.loads returns; every use narrows it
+MAX_FILE_BYTES = 200_000_000
 TOKENIZER_HINT = "copy tokenizer.json and its config files from the original checkpoint again"
 
 
@@ -56,7 +58,7 @@ class ModelTokenizer:
                 or vocabulary and special ids disagree with the model.
         """
         path = directory / "tokenizer.json"
-        data = read_json(path)
+        data = _read_json(directory, path.name)
         if not _is_byte_level(data.get("decoder")):
             raise CheckpointError(
                 f"{path} does not describe a byte-level tokenizer: its decoder is"
@@ -68,9 +70,10 @@ class ModelTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         _check_vocabulary(tokenizer, path, vocab_size)
-        config = _read_optional(directory / "tokenizer_config.json")
-        model_config = _read_optional(directory / "config.json")
-        generation = _read_optional(directory / "generation_config.json")
+        _check_added(tokenizer, path, data.get("added_tokens"))
+        config = _read_optional(directory, "tokenizer_config.json")
+        model_config = _read_optional(directory, "config.json")
+        generation = _read_optional(directory, "generation_config.json")
         names = _special_names(tokenizer, directory / "tokenizer_config.json", config)
         added = tokenizer.get_added_tokens_decoder()
         stop_ids = _token_ids(directory / "config.json", model_config, "eos_token_id")
@@ -182,27 +185,15 @@ def byte_symbols() -> list[str]:
     return [chr(byte) if byte in kept else next(moved) for byte in range(256)]
 
 
-def read_json(path: Path) -> dict[str, Json]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable, or holds no JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror or error}", hint=TOKENIZER_HINT
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}", hint=TOKENIZER_HINT) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object", hint=TOKENIZER_HINT)
-    return data
+def _read_json(directory: Path, name: str) -> dict[str, Json]:
+    """Read the JSON object in a regular file of the folder."""
+    path = resolve_inside(directory, name, error=CheckpointError)
+    limit = MAX_FILE_BYTES
+    return read_object(path, limit_bytes=limit, error=CheckpointError, hint=TOKENIZER_HINT)
 
 
-def _read_optional(path: Path) -> dict[str, Json]:
-    return read_json(path) if path.exists() else {}
+def _read_optional(directory: Path, name: str) -> dict[str, Json]:
+    return _read_json(directory, name) if file_exists(directory / name) else {}
 
 
 def _is_byte_level(decoder: Json) -> bool:
@@ -225,6 +216,19 @@ def _check_vocabulary(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None
             f"{path} gives {token!r} the id {largest}, the model has only {vocab_size} ids",
             hint=TOKENIZER_HINT,
         )
+
+
+def _check_added(tokenizer: Tokenizer, path: Path, added: Json) -> None:
+    """Check that the library kept the ids of added tokens; it renumbers those that leave gaps."""
+    for entry in added if isinstance(added, list) else []:
+        stored, content = entry.get("id"), entry.get("content")
+        found = tokenizer.token_to_id(content)
+        if found != stored:
+            raise CheckpointError(
+                f"{path} gives the added token {content!r:.80} the id {stored}, where the"
+                f" tokenizers library gives it {found}",
+                hint=TOKENIZER_HINT,
+            )
 
 
 def _special_names(tokenizer: Tokenizer, path: Path, config: Mapping[str, Json]) -> dict[str, int]:

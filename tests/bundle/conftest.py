@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ringexport.bundle import BundleWriter, EngineBundle, Manifest
-from tests.bundle.samples import FILES, sample_manifest
+from tests.bundle.samples import sample_files, sample_manifest
 
 MakeBundle = Callable[..., EngineBundle]
 
@@ -23,8 +23,8 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
     def make(name: str = "bundle", *, extra: bytes = b"") -> EngineBundle:
         path = tmp_path / name
         with BundleWriter(path) as writer:
-            for file, content in FILES.items():
-                writer.path(file).write_bytes(content + extra)
+            for file, content in sample_files(extra).items():
+                writer.path(file).write_bytes(content)
             writer.commit(sample_manifest())
         return EngineBundle.open(path)
 

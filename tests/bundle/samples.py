@@ -12,13 +12,24 @@ from ringexport.bundle import (
     ToolInfo,
 )
 
-__all__ = ["FILES", "sample_manifest"]
+__all__ = ["FILES", "sample_files", "sample_manifest"]
 
+CONFIG = b"""{"max_position_embeddings": 64, "num_attention_heads": 2, "num_hidden_layers": 2,
+ "vocab_size": 5, "rope_scaling": null}
+"""
 FILES = {
-    "model/config.json": b"{}\n",
+    "model/config.json": CONFIG,
     "targets/onnxruntime-cpu/model.onnx": b"graph" * 20,
     "targets/onnxruntime-cpu/weights.bin": bytes(range(256)) * 16,
 }
+
+
+def sample_files(extra: bytes = b"") -> dict[str, bytes]:
+    """Return the files with `extra` at the end of those that may hold anything."""
+    return {
+        name: content if name.endswith(".json") else content + extra
+        for name, content in FILES.items()
+    }
 
 
 def sample_manifest() -> Manifest:
@@ -45,7 +56,7 @@ def sample_manifest() -> Manifest:
             decay_index="serving",
             targets=("onnxruntime:cpu",),
         ),
-        decay=DecayTable(form="serving", table={"0": (-0.5, -0.25)}),
+        decay=DecayTable(form="serving", table={"0": (-0.0625 * 1.00001, -0.00390625 * 1.00001)}),
         targets={
             "onnxruntime:cpu": TargetInfo(
                 directory=directory,

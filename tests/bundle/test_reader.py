@@ -1,13 +1,18 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringexport.bundle import BundleWriter, EngineBundle
+from ringexport.bundle.consistency import _context_length, _log_decay
 from ringexport.errors import BundleError, DigestError, RingExportError
+from ringexport.ops.decay import DecayIndex, log_decay
 from tests.bundle.conftest import MakeBundle
 from tests.bundle.samples import FILES, sample_manifest
 
@@ -120,6 +125,77 @@ def test_hidden_extra_file_is_ignored(make_bundle: MakeBundle) -> None:
     bundle = make_bundle()
     (bundle.directory / ".DS_Store").write_text("x")
     EngineBundle.open(bundle.directory)
+
+
+def edited(bundle: EngineBundle, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the manifest of a bundle and nothing else."""
+    path = bundle.directory / "manifest.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    return bundle.directory
+
+
+LIES: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+    ("context length is 4096", lambda m: m["model"].update(context_length=4096)),
+    (
+        "context length of onnxruntime:cpu is 65",
+        lambda m: m["targets"]["onnxruntime:cpu"]["limits"].update(context_length=65),
+    ),
+    ("number of layers is 3", lambda m: m["model"].update(num_layers=3)),
+    ("vocabulary size is 6", lambda m: m["model"].update(vocab_size=6)),
+    ("decay index of the table is hf", lambda m: m["decay"].update(form="hf")),
+    (
+        "not that of the decay index hf",
+        lambda m: (m["decay"].update(form="hf"), m["build"].update(decay_index="hf")),
+    ),
+    (
+        "not that of the decay index x",
+        lambda m: (m["decay"].update(form="x"), m["build"].update(decay_index="x")),
+    ),
+    ("not that of the decay", lambda m: m["decay"]["table"].update({"0": [-0.07, -0.004]})),
+    ("not that of the decay", lambda m: m["decay"]["table"].update({"0": [-0.0625]})),
+    ("decay table .* has the layers 1", lambda m: m["decay"].update(table={"1": [-1, -1]})),
+    ("names no target", lambda m: m.update(targets={})),
+    ("has no model/config", lambda m: m["files"].pop(0)),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), LIES, ids=[lie[0] for lie in LIES])
+def test_a_manifest_that_lies(
+    make_bundle: MakeBundle, message: str, change: Callable[[dict[str, Any]], object]
+) -> None:
+    directory = edited(make_bundle(), change)
+    if message.startswith("has no model"):
+        (directory / "model" / "config.json").unlink()
+    with pytest.raises(BundleError, match=message) as caught:
+        EngineBundle.open(directory)
+    assert caught.value.hint
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 16, 20, 32])
+@pytest.mark.parametrize("form", list(DecayIndex))
+def test_the_decay_is_the_one_that_graphs_are_built_with(heads: int, form: DecayIndex) -> None:
+    for layer in range(5):
+        expected = log_decay(heads, layer, 5, form)
+        np.testing.assert_allclose(_log_decay(heads, layer, 5, form), expected, rtol=1e-6)
+
+
+def test_context_lengths_with_yarn() -> None:
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 16}
+    config = {"max_position_embeddings": 16, "rope_scaling": yarn}
+    assert _context_length(config) == 64
+    assert _context_length({"rope_scaling": {"factor": float("nan")}}) is None
+    assert _context_length({}) is None
+
+
+def test_the_digest_does_not_depend_on_the_place(make_bundle: MakeBundle) -> None:
+    bundle = make_bundle()
+    directory = edited(bundle, lambda m: m["source"].update(path="/elsewhere/checkpoint"))
+    assert EngineBundle.open(directory).digest == bundle.digest
+    directory = edited(bundle, lambda m: m["tool"].update(version="9"))
+    assert EngineBundle.open(directory).digest != bundle.digest
 
 
 def test_binary_manifest(make_bundle: MakeBundle) -> None:

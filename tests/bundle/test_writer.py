@@ -15,15 +15,15 @@ import ringexport.bundle.writer as writer_module
 from ringexport.bundle import BundleWriter, EngineBundle, clean_stale_builds, find_stale_builds
 from ringexport.errors import OutputError
 from tests.bundle.conftest import MakeBundle
-from tests.bundle.samples import FILES, sample_manifest
+from tests.bundle.samples import sample_files, sample_manifest
 
 ROOT = Path(__file__).parents[2]
 
 
 def write(path: Path, extra: bytes = b"") -> None:
     with BundleWriter(path) as writer:
-        for file, content in FILES.items():
-            writer.path(file).write_bytes(content + extra)
+        for file, content in sample_files(extra).items():
+            writer.path(file).write_bytes(content)
         writer.commit(sample_manifest())
 
 
@@ -36,8 +36,8 @@ def fail_inside(path: Path, error: BaseException, expected_bytes: int | None = N
 
 def write_checked(path: Path, check: Callable[[EngineBundle], None]) -> None:
     with BundleWriter(path) as writer:
-        for file, content in FILES.items():
-            writer.path(file).write_bytes(content + b"new")
+        for file, content in sample_files(b"new").items():
+            writer.path(file).write_bytes(content)
         writer.commit(sample_manifest(), check=check)
 
 
@@ -153,6 +153,42 @@ def test_a_bundle_with_foreign_files_is_left_alone(make_bundle: MakeBundle) -> N
     assert (old.directory / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("name", [".env", ".git/HEAD", "model/.notes"])
+def test_hidden_files_are_not_lost(make_bundle: MakeBundle, name: str) -> None:
+    old = make_bundle()
+    path = old.directory / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    EngineBundle.open(old.directory)
+    with pytest.raises(OutputError, match="not part of it, such as"):
+        write(old.directory)
+    assert path.read_text() == "mine"
+
+
+def test_a_linked_directory_is_not_lost(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    old = make_bundle()
+    (old.directory / "work").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(OutputError, match="such as work"):
+        write(old.directory)
+
+
+def test_the_lock_of_a_build_is_no_stranger(make_bundle: MakeBundle) -> None:
+    old = make_bundle()
+    (old.directory / files_module.LOCK_NAME).touch()
+    write(old.directory)
+
+
+def test_a_file_size_limit_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="file size limit"):
+        fail_inside(tmp_path / "out", OSError(errno.EFBIG, "File too large"))
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    for name in ("n" * 300, "n" * 250):
+        with pytest.raises(OutputError, match="File name too long"), BundleWriter(tmp_path / name):
+            pytest.fail("the block must not run")
+
+
 def test_a_file_or_link_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
@@ -173,7 +209,9 @@ def test_unwritable_output_is_refused_on_entering(tmp_path: Path) -> None:
 
 def test_too_little_space_is_refused_on_entering(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match=r"needs 1,000,000,000,000,000,000 bytes, [\d,]+ bytes"),
+        pytest.raises(
+            OutputError, match=r"may need up to 1,000,000,000,000,000,000 bytes, [\d,]+ bytes"
+        ),
         BundleWriter(tmp_path / "out", expected_bytes=10**18),
     ):
         pytest.fail("the block must not run")
@@ -182,7 +220,7 @@ def test_too_little_space_is_refused_on_entering(tmp_path: Path) -> None:
 
 def test_a_full_disk_names_the_bytes(make_bundle: MakeBundle) -> None:
     old = make_bundle()
-    message = r"disk is full .* needs 500 bytes, [\d,]+ bytes"
+    message = r"disk is full .* may need up to 500 bytes, [\d,]+ bytes"
     with pytest.raises(OutputError, match=message) as caught:
         fail_inside(old.directory, OSError(errno.ENOSPC, "No space left"), expected_bytes=500)
     assert caught.value.exit_code == 6
@@ -215,11 +253,11 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from ringexport.bundle import BundleWriter
-from tests.bundle.samples import FILES, sample_manifest
+from tests.bundle.samples import sample_files, sample_manifest
 for round in range(10_000):
     with BundleWriter(Path(sys.argv[1])) as writer:
-        for file, content in FILES.items():
-            writer.path(file).write_bytes(content + str(round).encode())
+        for file, content in sample_files(str(round).encode()).items():
+            writer.path(file).write_bytes(content)
         writer.commit(sample_manifest())
     if round == 0:
         print("ready", flush=True)

@@ -1,6 +1,7 @@
 """run, eval, compare, bench, inspect and doctor on a tiny bundle."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from ringexport.bundle import EngineBundle
 from ringexport.cli import main as main_module
-from ringexport.errors import ToleranceExceededError
+from ringexport.errors import ConfigError, ToleranceExceededError
+from tests.checkpoints import make_checkpoint
 from tests.cli.conftest import Call, assert_refused
 
 TEXT = "the rain in the plain and the sun on the hill\n" * 8
@@ -97,14 +99,24 @@ def test_run_chat_uses_the_template(call: Call, bundle: Path) -> None:
     ("arguments", "code", "texts"),
     [
         ([""], 3, ["the prompt is empty"]),
-        (["x", "--top-p", "2"], 3, ["top_p is 2.0"]),
-        (["x", "--top-p", "nan"], 3, ["top_p is nan"]),
+        (["x", "--top-p", "2"], 2, ["'--top-p'", "0<x<=1"]),
+        (["x", "--top-p", "nan"], 2, ["'--top-p'", "not a finite number"]),
+        (["x", "--top-p", "0"], 2, ["'--top-p'"]),
+        (["x", "--min-p", "1.5"], 2, ["'--min-p'"]),
+        (["x", "--min-p", "nan"], 2, ["'--min-p'"]),
+        (["x", "--temperature", "inf"], 2, ["'--temperature'"]),
+        (["x", "--temperature", "nan"], 2, ["'--temperature'"]),
+        (["x", "--repetition-penalty", "0"], 2, ["'--repetition-penalty'"]),
+        (["x", "--repetition-penalty", "inf"], 2, ["'--repetition-penalty'"]),
+        (["x", "--top-k", "9" * 30], 2, ["'--top-k'"]),
+        (["x", "--max-new-tokens", "9" * 30], 2, ["'--max-new-tokens'"]),
         (["x", "--backend", "gpu"], 4, ["no backend 'gpu'", "onnxruntime:cpu", "torch"]),
         (["x", "--backend", "onnxruntime:cuda"], 4, []),
         (["x", "--temperature", "-1"], 2, ["temperature"]),
-        (["x" * 9000], 3, ["the context holds 4096"]),
+        (["x" * 9000], 3, ["holds 4,096"]),
         (["\udcff"], 3, ["not UTF-8"]),
-        (["x", "--stop", ""], 3, ["stop"]),
+        (["x", "--stop", ""], 2, ["'--stop'", "may not be empty"]),
+        (["\udcff"], 3, ["hint: convert the prompt to UTF-8"]),
     ],
 )
 def test_run_refuses(
@@ -171,13 +183,40 @@ def test_eval_of_another_decay_differs(call: Call, bundle: Path, other: Path, te
 def test_eval_refuses(call: Call, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "short").write_text("")
     (tmp_path / "binary").write_bytes(b"\xff\xff")
-    assert_refused(call("eval", bundle, "--text", tmp_path / "short"), 3, "nothing to score")
+    called = call("eval", bundle, "--text", tmp_path / "short")
+    assert_refused(called, 3, f"nothing to score in {tmp_path / 'short'}")
     assert_refused(call("eval", bundle, "--text", tmp_path / "binary"), 3, "not UTF-8", "0xff")
     assert_refused(call("eval", bundle, "--text", tmp_path / "no"), 3, "cannot read")
     assert_refused(call("eval", bundle, "--text", tmp_path), 3, "cannot read")
     assert_refused(call("eval", bundle), 2, "missing option '--text'")
     arguments = ("eval", bundle, "--text", tmp_path / "short", "--decay-index", "hf")
     assert_refused(call(*arguments), 3, "was built with the decay index serving")
+
+
+def test_eval_reads_only_regular_files(
+    call: Call, bundle: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (Path("/dev/zero"), tmp_path / "fifo"):
+        assert_refused(call("eval", bundle, "--text", path), 3, f"{path}: it is not a regular file")
+    monkeypatch.setattr("ringexport.cli.opening._MAX_TEXT_BYTES", 10)
+    assert_refused(call("eval", bundle, "--text", text), 3, "expected at most 10")
+
+
+def test_eval_refuses_a_window_beyond_the_context(call: Call, bundle: Path, text: Path) -> None:
+    called = call("eval", bundle, "--text", text, "--window", 4097)
+    assert_refused(called, 2, "'--window'", "expected 2 to 4096")
+
+
+def test_no_verify_reads_no_digests(call: Call, bundle: Path, text: Path) -> None:
+    for arguments in (
+        ("eval", bundle, "--text", text),
+        ("compare", bundle, "--against", bundle, "--tokens", 8),
+    ):
+        assert "verifying" in call(*arguments).err
+        called = call(*arguments, "--no-verify")
+        assert called.code == 0
+        assert "verifying" not in called.err
 
 
 def test_compare_with_torch(call: Call, bundle: Path) -> None:
@@ -201,17 +240,31 @@ def test_compare_finds_another_decay(call: Call, bundle: Path, other: Path) -> N
     assert "FAIL" in called.out
     assert "error: " in called.err
     assert "out of bounds, first hidden 0" in called.err
+    expected = f"built with different decay indices, so nothing will agree: {other} with hf"
+    assert called.out.startswith(expected)
     as_json = call("compare", other, "--against", bundle, "--tokens", 48, "--json")
     assert as_json.code == 1
     assert not as_json.json["passed"]
+    assert as_json.json["warning"].startswith(expected)
 
 
-def test_compare_refuses(call: Call, bundle: Path, tmp_path: Path) -> None:
+def test_compare_refuses(
+    call: Call, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ("compare", bundle, "--against", "torch")
-    called = call(*arguments, "--checkpoint", tmp_path / "moved")
-    assert_refused(called, 3, "--checkpoint")
+    another = make_checkpoint(tmp_path / "another", seed=1)
+    for path in (tmp_path / "moved", another):
+        called = call(*arguments, "--checkpoint", path)
+        expected = f"error: {path} is not the checkpoint that the bundle was built from"
+        assert_refused(called, 3, expected, "--checkpoint")
+    called = call("compare", bundle, "--against", "torhc")
+    assert_refused(called, 2, "'--against'", "no bundle at torhc; did you mean torch?")
+    monkeypatch.setattr("ringexport.compare.sample.SAMPLE_TEXT", None)  # never comes that far
+    called = call("compare", bundle, "--against", bundle, "--tokens", 1_000_000_000)
+    assert_refused(called, 2, "'--tokens'", "expected 2 to 4096")
+    monkeypatch.undo()
     called = call("compare", bundle, "--against", bundle, "--tokens", 5000)
-    assert_refused(called, 3, "expected 2 to 4096")
+    assert_refused(called, 2, "'--tokens'", "expected 2 to 4096")
     (tmp_path / "one").write_text("a")
     assert_refused(call(*arguments, "--text", tmp_path / "one"), 3, "expected at least 2")
 
@@ -220,21 +273,27 @@ BENCH = ("--prefill", "8,16", "--context", "8", "--decode", "4", "--repeat", "1"
 
 
 def test_bench(call: Call, bundle: Path) -> None:
-    called = call("bench", bundle, *BENCH, "--batch", "1,2", "--json")
+    called = call("bench", bundle, *BENCH, "--batch", "1,2", "--context", "8,12", "--json")
     assert called.code == 0
     results = called.json["results"]
     assert [result["backend"] for result in results] == ["onnxruntime:cpu", "torch"]
     for result in results:
         assert set(result["first_token_ms"]) == {"8", "16"}
-        assert set(result["decode_tokens_per_s"]) == {"1", "2"}
+        assert set(result["decode_tokens_per_s"]) == {"8", "12"}
+        for speeds in result["decode_tokens_per_s"].values():
+            assert set(speeds) == {"1", "2"}
     assert called.json["agreed_greedy_tokens"] == 32
     for name in ("cpu", "onnxruntime", "torch", "ringexport"):
         assert called.json["conditions"][name]
 
 
 def test_bench_table(call: Call, bundle: Path) -> None:
-    called = call("bench", bundle, *BENCH, "--backend", "onnxruntime:cpu")
+    only = ("--backend", "onnxruntime:cpu")
+    called = call("bench", bundle, *BENCH, "--context", "8,12", "--no-verify", *only)
     assert called.code == 0
+    assert "verifying" not in called.err
+    assert "decode after 8 tokens, batch 1" in called.out
+    assert "decode after 12 tokens, batch 1" in called.out
     assert "first token, prompt of 16 tokens" in called.out
     assert "faster" not in called.out
 
@@ -259,7 +318,15 @@ def test_bench_refuses_wrong_results(
 def test_bench_refuses(call: Call, bundle: Path) -> None:
     assert_refused(call("bench", bundle, "--batch", "1,x"), 2, "'1,x' is no list")
     only = ("--backend", "onnxruntime:cpu")
-    assert_refused(call("bench", bundle, *only, "--prefill", "9999"), 3, "holds 4096")
+    for option, value, text in (
+        ("--prefill", "9999", "holds 4096"),
+        ("--context", "8,4090", "holds 4096"),
+        ("--batch", "100000000", "1 to 1,024"),
+        ("--batch", "1,0", "1 to 1,024"),
+        ("--context", "9" * 18, "not in the range"),
+    ):
+        called = call("bench", bundle, *only, option, value)
+        assert_refused(called, 2, f"'{option}'", text)
 
 
 def test_inspect_a_checkpoint(call: Call, tiny_checkpoint: Path) -> None:
@@ -294,8 +361,8 @@ def test_inspect_refuses(call: Call, tmp_path: Path) -> None:
     (tmp_path / "b.onnx").write_bytes(b"")
     (tmp_path / "c.safetensors").write_bytes(b"12")
     (tmp_path / "d.txt").write_text("x")
-    assert_refused(call("inspect", tmp_path / "a.onnx"), 5, "is no ONNX file")
-    assert_refused(call("inspect", tmp_path / "b.onnx"), 5, "is no ONNX file")
+    assert_refused(call("inspect", tmp_path / "a.onnx"), 3, "is no ONNX file")
+    assert_refused(call("inspect", tmp_path / "b.onnx"), 3, "is no ONNX file")
     assert_refused(call("inspect", tmp_path / "c.safetensors"), 3)
     assert_refused(call("inspect", tmp_path / "d.txt"), 3, "nothing that ringexport knows")
 
@@ -340,6 +407,47 @@ def test_a_bug_is_reported_in_two_lines(
         f"hint: {main_module.ISSUES_HINT}",
     ]
     assert "Traceback" in call("inspect", bundle, "-v").err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+)
+def test_too_little_memory_is_no_bug(
+    call: Call, bundle: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ringexport.pipeline.inspect.describe", fail)
+    called = call("inspect", bundle)
+    assert_refused(called, 7, "error: out of memory while running ringexport inspect")
+    assert f"hint: {main_module.MEMORY_HINT}" in called.err
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "bench"])
+def test_names_that_are_too_long(call: Call, command: str) -> None:
+    extra = ["x"] if command == "run" else []
+    assert_refused(call(command, "n" * 300, *extra), 3, "ile name too long")
+
+
+def test_hints_help_or_are_left_out(
+    call: Call, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "num_attention_heads": -3}))
+    published = "hint: use the config.json published with the weights"
+    assert_refused(call("inspect", checkpoint), 3, published)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConfigError("cannot read x") from cause
+
+    monkeypatch.setattr("ringexport.pipeline.inspect.describe", fail)
+    cause = PermissionError(13, "permission denied")
+    assert_refused(call("inspect", bundle), 3, "hint: check the permissions of the file")
+    cause = None
+    assert "hint" not in call("inspect", bundle).err
 
 
 def test_an_interrupt_ends_with_130(

@@ -164,12 +164,15 @@ def test_rows_as_json() -> None:
 
 
 def test_speed(table: np.ndarray) -> None:
-    config = BenchConfig(batch=(1, 2), prefill=(4, 8), context=5, decode=3, repeat=2)
+    config = BenchConfig(batch=(1, 2), prefill=(4, 8), context=(5, 6), decode=3, repeat=2)
     runner = FakeRunner(table)
     speed = measure(runner, config)
     assert set(speed.first_token_ms) == {4, 8}
-    assert all(value > 0 for value in speed.decode_tokens_per_s.values())
-    assert len(runner.fed) == 3 * 4
+    assert {context: set(found) for context, found in speed.decode_tokens_per_s.items()} == {
+        5: {1, 2},
+        6: {1, 2},
+    }
+    assert len(runner.fed) == 3 * (2 + 2 * 2)
     with pytest.raises(ConfigError, match="the context holds 64"):
         measure(runner, BenchConfig(prefill=(65,)))
     with pytest.raises(ConfigError, match="positive"):

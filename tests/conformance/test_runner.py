@@ -13,9 +13,14 @@ from ringexport.runtime.state import DecodeState, StateSnapshot
 from tests.numerics import assert_close, assert_same
 from tests.runners import open_test_runner
 
-STATE_RTOL = TOLERANCES["state_fp32"].bound
-"""Only the order of sums differs between ways to compute the same state."""
-LOGITS_RTOL = TOLERANCES["hidden_fp32"].bound
+SAME_RTOL = TOLERANCES["reference_values"].bound
+"""One backend, one model, the same fp32 formula: only the order of sums differs between ways to
+compute it, as at level L1. The wider bounds of L4 are for comparisons between backends."""
+STATE_RTOL = LOGITS_RTOL = SAME_RTOL
+BACKENDS_RTOL = TOLERANCES["hidden_fp32"].bound
+SMALLEST_ERROR = 1e-7
+"""About one rounding in fp32: a backend whose steps equal its prefill so far has error 0, from
+which no growth can be foretold."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -326,7 +331,7 @@ def test_states_move_between_backends(
             moved.restore(state.snapshot())
             assert_snapshots_same(moved.snapshot(), state.snapshot())
             found = other.decode([1, 2], moved)
-            assert_close(found, runner.decode([1, 2], state.fork()), rtol=LOGITS_RTOL)
+            assert_close(found, runner.decode([1, 2], state.fork()), rtol=BACKENDS_RTOL)
 
 
 @pytest.mark.parametrize(
@@ -341,4 +346,4 @@ def test_decode_does_not_drift_from_prefill(runner: Runner) -> None:
         if place + 1 in {64, 2048}:
             whole = fed(runner, tokens[:, : place + 1])
             errors[place + 1] = relative_error(steps.snapshot(), whole.snapshot())
-    assert errors[2048] <= drift_bound(2048, errors[64]), errors
+    assert errors[2048] <= drift_bound(2048, max(errors[64], SMALLEST_ERROR)), errors

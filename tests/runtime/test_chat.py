@@ -1,3 +1,4 @@
+import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,6 +88,8 @@ GROW = (
     "{%% set ns = namespace(x=%s) %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}"
 )
 BIG = "{% set big = 'x' * 1000000 %}"
+HALF = "{% set a = 'a' * 1900000 %}"
+PATH = "{% set path = '0.' * 500000 ~ '0' %}"
 HOSTILE = {
     "range": "{% for i in range(10**9) %}x{% endfor %}",
     "nested loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
@@ -121,6 +124,35 @@ HOSTILE = {
     "join": BIG + "{{ range(9999) | join(big) }}",
     "join method": BIG + "{{ big.join(['a'] * 9999) }}",
     "filter block": "{% filter replace('x', 'x' * 1000000) %}" + "x" * 10000 + "{% endfilter %}",
+    "round": "{{ 1|round(1000000000,'floor') }}",
+    "round in map": "{{ [1]|map('round',30000000,'ceil')|list }}",
+    "round integer": "{{ 1|round(-(10**9)) }}",
+    "rfind": HALF + "{{ (a ~ a).rfind('b' ~ a) }}",
+    "rsplit": HALF + "{{ (a ~ a).rsplit('b' ~ a) }}",
+    "strip": HALF + "{{ ('c' * 1900000).strip(a ~ 'c') }}",
+    "trim": HALF + "{{ ('c' * 1900000) | trim(a ~ 'c') }}",
+    "dotted attribute": PATH + "{{ (['x'] * 9999) | map(attribute=path) | list }}",
+    "replace in map": HALF + "{{ (['x'] * 9999) | map('replace', 'x', a) | list }}",
+    "concat of many": HALF + "{{ " + " ~ ".join(["a"] * 6000) + " }}",
+    "compare of many": HALF + "{{ " + " + ".join(["('b' in a)"] * 5000) + " }}",
+    "hexadecimal": "{{ 0x" + "f" * 90000 + " ** 64 }}",
+    "int in map": "{{ ['f' * 3000000] | map('int', 0, 16) | list }}",
+    "autoescape": "{% autoescape 9**9**9 %}{% endautoescape %}",
+    "many slices": HALF + "{% for i in range(9999) %}{% set b = a[1:] %}{% endfor %}",
+    "json depth": "{% set ns = namespace(x=[1] * 90000) %}{% for i in range(18) %}"
+    "{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson(indent=16) }}",
+    "tuple keys": "{{ {(1, 2): 3} }}",
+    "tuple keys of dict": "{{ dict([((1, 2), 3)]) }}",
+    "tuple keys of unique": "{{ [(1, 2)] | unique | list }}",
+    "items as a set": "{{ {1: 2}.items() - [(1, 2)] }}",
+    "zfill": "{{ 'x'.zfill(10**9) }}",
+    "expandtabs": "{{ 'x'.expandtabs(10**9) }}",
+    "indent": "{{ 'x' | indent(10**9) }}",
+    "wordwrap": "{{ 'x' | wordwrap(10**9) }}",
+    "batch": "{{ [1] | batch(10**9, 0) | list }}",
+    "slice filter": "{{ [1] | slice(10**9, 0) | list }}",
+    "many statements": "{% set a = 1 %}" * 5000,
+    "many expressions": "{{ 1 }}" * 14000,
     "json indent": "{{ messages | tojson(indent=10**9) }}",
     "include": "{% include '/etc/passwd' %}",
     "import": "{% import 'os' as os %}",
@@ -138,7 +170,7 @@ HOSTILE = {
     "deep blocks": "{% if 1 %}" * 300 + "{% endif %}" * 300,
     "syntax": "{% for %}",
     "unclosed": "{{ 1",
-    "long source": "x" * 500_001,
+    "long source": "x" * 100_001,
 }
 
 
@@ -155,6 +187,22 @@ def test_template_can_refuse_messages() -> None:
     with pytest.raises(CheckpointError, match="no tools here") as caught:
         render("{{ raise_exception('no tools here') }}")
     assert caught.value.hint is not None
+
+
+def test_round_and_unique_still_work() -> None:
+    assert render("{{ 2.567|round(2) }} {{ 2.5|round(0, 'floor')|int }}") == "2.57 2"
+    assert render("{{ 2.11|round(1, 'ceil') }} {{ 25|round(-1, 'ceil') }}") == "2.2 30.0"
+    assert render("{{ ['a', 'B', 'b'] | unique | join }}{{ 'a--'.rstrip('-') }}") == "aBa"
+    assert render("{{ messages | groupby('role') | map(attribute='grouper') | list }}") == (
+        "['user']"
+    )
+    assert render("{{ messages[-1:][0].content[:-1] }}{{ 'a/b/c'.rsplit('/', 1)[1] }}") == "Hellc"
+
+
+def test_time_is_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringexport.runtime.chat_budget.MAX_SECONDS", -1.0)
+    with pytest.raises(CheckpointError, match="runs longer than"):
+        render("{{ 1 }}")
 
 
 def test_messages_are_not_changed_and_budget_is_per_rendering() -> None:
@@ -183,3 +231,33 @@ def test_template_is_found(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match="cannot be read"):
         ChatTemplate.find(tmp_path, {})
+
+
+@pytest.mark.parametrize("name", [["default"], {"a": 1}, None])
+def test_unhashable_template_names_are_refused(tmp_path: Path, name: object) -> None:
+    config = {"chat_template": [{"name": name, "template": "D"}]}
+    with pytest.raises(CheckpointError, match="expected objects with a name and a template"):
+        ChatTemplate.find(tmp_path, config)
+
+
+def test_template_files_elsewhere_and_pipes_are_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    path = inside / "chat_template.jinja"
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="outside the checkpoint's folder"):
+        ChatTemplate.find(inside, {})
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        ChatTemplate.find(inside, {})
+
+
+def test_special_tokens_of_a_config_are_short_texts(tmp_path: Path) -> None:
+    config = {"chat_template": "{{ a_token }}", "a_token": [["x"] * 9]}
+    found = ChatTemplate.find(tmp_path, config)
+    assert found is not None
+    assert found.render(HELLO) == ""
+    with pytest.raises(CheckpointError, match=r"a_token .* 20,000 characters"):
+        ChatTemplate.find(tmp_path, config | {"a_token": "x" * 20_000})

@@ -1,4 +1,7 @@
-import time
+import os
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -73,19 +76,42 @@ def test_state_is_updated_in_place(engine: Engine) -> None:
     assert state.decode_call is call
 
 
-def test_a_step_costs_little_besides_the_graph(
+def test_a_step_binds_and_copies_nothing_but_its_logits(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(engine.runner, OrtRunner)
     state = engine.runner.new_state(1)
     engine.runner.decode([1], state)
-    monkeypatch.setattr("ringexport.runtime.backends.ort._run", lambda *_: None)
-    times = []
-    for _ in range(200):
-        start = time.perf_counter()
-        engine.runner.decode([1], state)
-        times.append(time.perf_counter() - start)
-    assert np.median(times) < 0.5e-3
+    bound: list[object] = []
+    monkeypatch.setattr(engine.runner, "_bind", lambda *_: bound.append(None))
+    tracemalloc.start()
+    try:
+        logits = engine.runner.decode([1], state)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        for _ in range(50):
+            logits = engine.runner.decode([1], state)
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert not bound
+    assert peak < 2 * logits.nbytes + 16384 < state.nbytes
+
+
+def test_onnxruntime_is_imported_without_telemetry(tmp_path: Path) -> None:
+    code = (
+        "import ringexport.runtime.backends.ort, onnxruntime;"
+        "onnxruntime.InferenceSession(onnxruntime.__file__.replace('__init__.py', 'datasets/')"
+        " + 'sigmoid.onnx', providers=['CPUExecutionProvider'])"
+    )
+    environment = os.environ | {"HOME": str(tmp_path)}
+    environment.pop("XDG_CACHE_HOME", None)
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_probe_shows_the_layers(engine: Engine) -> None:

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -28,6 +29,22 @@ def drawn(count: int = 400, logits: np.ndarray = LOGITS, **params: float) -> set
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": math.inf},
+        {"repetition_penalty": 1e-3},
+        {"repetition_penalty": 101.0},
+        {"repetition_penalty": True},
+        {"max_new_tokens": 2.0},
+        {"max_new_tokens": True},
+        {"max_new_tokens": None},
+        {"top_k": "3"},
+        {"temperature": "1"},
+        {"temperature": None},
+        {"temperature": 10**400},
+        {"seed": 1.0},
+        {"logprobs": True},
+        {"ignore_eos": 1},
+        {"stop": 3},
+        {"stop": None},
+        {"stop": {"a": 1}},
         {"seed": -1},
         {"stop": "text"},
         {"stop": ("a", "")},
@@ -112,3 +129,18 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     assert math.isclose(found.logprob, math.log(0.2), rel_tol=1e-6)
     assert [token for token, _ in found.top] == [0, 1]
     assert token_logprobs(LOGITS, 0, 0).top == ()
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+@pytest.mark.parametrize("temperature", [1e-320, 1.0, 1e300])
+def test_extreme_parameters_and_logits_warn_of_nothing(penalty: float, temperature: float) -> None:
+    big = np.finfo(np.float32).max
+    logits = np.array([big, -big, 0, -np.inf, 1], np.float32)
+    params = SamplingParams(
+        temperature=temperature, repetition_penalty=penalty, top_p=0.9, min_p=0.1, seed=0
+    )
+    sampler = Sampler(params, 5, prompt=[0, 1, 2, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 <= sampler.sample(logits) < 5
+        token_logprobs(logits, 1, 5)

@@ -1,10 +1,14 @@
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import ringexport
 from ringexport import Engine, SamplingParams
+from ringexport.bundle import EngineBundle
 from ringexport.errors import (
     BackendUnavailableError,
     BundleError,
@@ -15,6 +19,7 @@ from ringexport.errors import (
     RingExportError,
     ShapeError,
 )
+from ringexport.runtime.registry import open_bundle_runner
 from ringexport.runtime.runner import Logits
 from ringexport.runtime.session import GenerationResult
 from tests.runtime.conftest import OPTIONS
@@ -123,8 +128,9 @@ def test_full_context_ends_the_text(engine: Engine) -> None:
     limit = engine.runner.spec.context_length
     result = engine.generate([5] * (limit - 2), SHORT)
     assert (result.stop_reason, result.new_tokens) == ("context", 3)
-    with pytest.raises(ContextLengthError, match=f"the context holds {limit}"):
+    with pytest.raises(ContextLengthError, match=r"4,097 tokens, .* holds 4,096") as caught:
         engine.generate([5] * (limit + 1), SHORT)
+    assert caught.value.hint == "shorten the prompt"
 
 
 def test_logprobs(engine: Engine) -> None:
@@ -142,6 +148,72 @@ def test_bad_prompts_are_refused(engine: Engine) -> None:
         engine.generate([384])
     with pytest.raises(ConfigError, match="mixes"):
         engine.generate([1, {"role": "user"}])  # type: ignore[list-item]
+
+
+def test_prompts_of_numpy_are_ids(engine: Engine) -> None:
+    expected = engine.generate([3, 4, 5], SHORT).token_ids
+    prompts: list[Any] = [np.array([3, 4, 5], np.int32), [np.int64(3), 4, 5], (3, 4, 5)]
+    for prompt in prompts:
+        assert engine.generate(prompt, SHORT).token_ids == expected
+        ids = engine.encode(prompt)
+        assert [type(one) for one in ids] == [int] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        (np.array([], np.int64), "the prompt is empty"),
+        (("a", "b"), "item 0 of the prompt is a str, expected"),
+        ([[1, 2], [3]], "item 0 of the prompt is a list, expected"),
+        ([1, True], "item 1 of the prompt is a bool, expected"),
+        ([1.0], "item 0 of the prompt is a float, expected"),
+        ({"role": "user"}, "the prompt is a dict, expected"),
+        (b"text", "the prompt is a bytes, expected"),
+        (None, "the prompt is a NoneType, expected"),
+        (7, "the prompt is a int, expected"),
+        (np.zeros((1, 2), np.int64), r"an array of int64 of shape \[1, 2\], expected"),
+        (np.zeros(2), r"an array of float64 of shape \[2\], expected"),
+    ],
+    ids=str,
+)
+def test_prompts_of_other_types_are_refused(engine: Engine, prompt: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine.generate(prompt)
+
+
+@pytest.mark.parametrize("call", ["_new_state", "_prefill_chunk"])
+def test_missing_memory_is_named(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine.runner, call, fail)
+    with pytest.raises(
+        RingExportError, match=r"not enough memory for the .*state.* 1 row"
+    ) as caught:
+        engine.generate("a")
+    assert "memory" in str(caught.value.hint)
+
+
+def test_missing_memory_while_loading_is_named(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+
+    monkeypatch.setattr("ringexport.runtime.backends.torch_ref.ReferenceModel", fail)
+    with pytest.raises(RingExportError, match=r"not enough memory for the weights of .* float32"):
+        Engine.open(tiny_checkpoint, options=OPTIONS)
+
+
+def test_unknown_decay_form_of_a_manifest(bundle_path: Path) -> None:
+    bundle = EngineBundle.open(bundle_path, verify=False)
+    decay = dataclasses.replace(bundle.manifest.decay, form="odd")
+    odd = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, decay=decay))
+    with pytest.raises(BundleError, match="decay form 'odd', expected one of"):
+        open_bundle_runner(odd, "torch", OPTIONS)
 
 
 def test_chat_uses_the_template(engine: Engine) -> None:
@@ -262,11 +334,13 @@ def test_backends_are_chosen_by_name(bundle_path: Path, tiny_checkpoint: Path) -
         assert engine.runner.spec.name == "torch"
     for path, backend, message in (
         (bundle_path, "magic", "no backend 'magic'"),
-        (bundle_path, "onnxruntime:cuda", "no target onnxruntime:cuda"),
+        (bundle_path, "onnxruntime:cuda", "no backend 'onnxruntime:cuda'"),
         (tiny_checkpoint, "onnxruntime:cpu", "cannot run a checkpoint"),
     ):
         with pytest.raises(BackendUnavailableError, match=message) as caught:
             Engine.open(path, backend)
         assert caught.value.hint
+        assert "--target" not in caught.value.hint
+        assert "cuda" not in caught.value.hint
     with pytest.raises(BundleError):
         Engine.open(bundle_path / "nothing")

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_damaged_files_are_refused(folder: Path, file: str, content: bytes) -> N
 
 def test_missing_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"has no file 'tokenizer\.json'"):
         ModelTokenizer.open(folder, vocab_size=VOCAB)
 
 
@@ -140,3 +141,46 @@ def test_damaged_tokenizers_never_escape_as_other_errors(folder: Path) -> None:
             ModelTokenizer.open(folder, vocab_size=VOCAB)
         except CheckpointError:
             continue
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_links_out_of_the_folder_and_pipes_are_refused(folder: Path, file: str) -> None:
+    inside = folder / "inside"
+    inside.mkdir()
+    for path in folder.glob("*.json"):
+        shutil.copy(path, inside)
+    (inside / file).unlink()
+    (inside / file).symlink_to(folder / file)
+    with pytest.raises(CheckpointError, match="outside the checkpoint's folder"):
+        ModelTokenizer.open(inside, vocab_size=VOCAB)
+    (inside / file).unlink()
+    os.mkfifo(inside / file)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        ModelTokenizer.open(inside, vocab_size=VOCAB)
+
+
+def test_the_hugging_face_cache_may_link_to_its_blobs(folder: Path) -> None:
+    for root, fine in (("models--a--b", True), ("elsewhere", False)):
+        blobs = folder / root / "blobs"
+        snapshot = folder / root / "snapshots" / "abc"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for path in folder.glob("*.json"):
+            shutil.copy(path, blobs)
+            (snapshot / path.name).symlink_to(blobs / path.name)
+        if fine:
+            ModelTokenizer.open(snapshot, vocab_size=VOCAB)
+        else:
+            with pytest.raises(CheckpointError, match="outside the checkpoint's folder"):
+                ModelTokenizer.open(snapshot, vocab_size=VOCAB)
+
+
+def test_renumbered_added_tokens_are_refused(folder: Path) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text())
+    last = data["added_tokens"][-1]
+    stored = last["id"]
+    last["id"] = stored + 7
+    edit(folder / "tokenizer.json", added_tokens=data["added_tokens"])
+    with pytest.raises(CheckpointError, match=f"'{last['content']}' the id {stored + 7}") as caught:
+        ModelTokenizer.open(folder, vocab_size=VOCAB)
+    assert f"gives it {stored}" in caught.value.message

@@ -24,11 +24,19 @@ from ringexport.errors import (
     RingExportError,
     ShapeError,
 )
-from ringexport.runtime.runner import DEFAULT_PREFILL_CHUNK, BaseRunner, Logits, RunnerSpec, Tokens
+from ringexport.runtime.onnxruntime_import import import_onnxruntime
+from ringexport.runtime.runner import (
+    DEFAULT_PREFILL_CHUNK,
+    BaseRunner,
+    Logits,
+    RunnerSpec,
+    Tokens,
+    memory_guard,
+)
 from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot, zero_unused
 
 try:
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
     from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 except ImportError as error:  # pragma: no cover - the tests' environment has it
     raise BackendUnavailableError(
@@ -417,7 +425,7 @@ def _check_provider(provider: str) -> None:
     if provider != "cpu":
         raise BackendUnavailableError(
             f"onnxruntime:{provider} cannot run yet: the state is kept in host memory",
-            hint="use --backend onnxruntime:cpu",
+            hint="use the backend onnxruntime:cpu",
         )
 
 
@@ -433,9 +441,10 @@ def _open_session(path: Path, options: OrtOptions) -> Session:
         "session.intra_op.allow_spinning", "1" if options.spin else "0"
     )
     try:
-        return onnxruntime.InferenceSession(
-            str(path), settings, providers=[PROVIDERS[options.provider]]
-        )
+        with memory_guard(f"the graph {path} and its weights"):
+            return onnxruntime.InferenceSession(
+                str(path), settings, providers=[PROVIDERS[options.provider]]
+            )
     except ORT_ERRORS as error:
         raise BundleError(
             f"onnxruntime cannot load {path}: {_first_line(str(error))}",

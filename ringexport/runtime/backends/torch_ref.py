@@ -3,15 +3,24 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from ringexport.checkpoint import CheckpointWeights, RingConfig
+from ringexport.checkpoint.state_format import stored_state_format
 from ringexport.errors import BackendUnavailableError
 from ringexport.ops.decay import DecayIndex
-from ringexport.runtime.runner import DEFAULT_PREFILL_CHUNK, BaseRunner, Logits, RunnerSpec, Tokens
+from ringexport.ops.schemes import StateFormat
+from ringexport.runtime.runner import (
+    DEFAULT_PREFILL_CHUNK,
+    BaseRunner,
+    Logits,
+    RunnerSpec,
+    Tokens,
+    memory_guard,
+)
 from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot, zero_unused
 
 try:
@@ -19,6 +28,7 @@ try:
 
     from ringexport.model.network import ReferenceModel
     from ringexport.model.state import ReferenceState
+    from ringexport.runtime.backends.torch_quantized import QuantizedModel
 except ImportError as error:  # pragma: no cover - the tests' environment has it
     raise BackendUnavailableError(
         f"the torch backend needs the package torch: {error}",
@@ -28,6 +38,14 @@ except ImportError as error:  # pragma: no cover - the tests' environment has it
 __all__ = ["TorchRunner", "TorchState"]
 
 Array = npt.NDArray[Any]
+
+
+class _ModelOptions(TypedDict):
+    """What both models are built with."""
+
+    decay_index: DecayIndex
+    dtype: torch.dtype
+    device: str
 
 
 class TorchState(BaseState):
@@ -89,7 +107,7 @@ class TorchState(BaseState):
 
 
 class TorchRunner(BaseRunner[TorchState]):
-    """Runs the reference model.
+    """Runs the reference model; of a quantized checkpoint as an engine does, inputs in 8 bits too.
 
     Args:
         checkpoint: directory of the checkpoint.
@@ -122,15 +140,18 @@ class TorchRunner(BaseRunner[TorchState]):
                 f"the torch backend cannot use {device}: torch sees no CUDA device",
                 hint="install a CUDA build of torch, or use the CPU",
             )
-        with CheckpointWeights.open(checkpoint) as weights:
+        loading = memory_guard(f"the weights of {checkpoint} in {dtype} on {device}")
+        with CheckpointWeights.open(checkpoint) as weights, loading:
             config = weights.config
-            self._model = ReferenceModel(
-                config,
-                weights,
-                decay_index=decay_index,
-                dtype=getattr(torch, dtype),
-                device=device,
+            state_format = stored_state_format(checkpoint)
+            options = _ModelOptions(
+                decay_index=decay_index, dtype=getattr(torch, dtype), device=device
             )
+            self._model: ReferenceModel
+            if config.quantization is None and state_format is StateFormat.FP32:
+                self._model = ReferenceModel(config, weights, **options)
+            else:
+                self._model = QuantizedModel(weights, state_format=state_format, **options)
         spec = RunnerSpec(
             name="torch",
             vocab_size=config.vocab_size,

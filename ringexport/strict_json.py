@@ -1,46 +1,46 @@
 """Read JSON from files that nobody vouches for: strictly, with a size limit and one-line errors."""
 
 import json
-import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any, Never
 
 from ringexport.errors import RingExportError
+from ringexport.files import read_regular
 
 __all__ = ["parse_object", "read_object"]
 
+_HINT = "download the file again; it may be truncated or an error page"
 
-def read_object(path: Path, *, limit_bytes: int, error: type[RingExportError]) -> dict[str, Any]:
+
+def read_object(
+    path: Path, *, limit_bytes: int, error: type[RingExportError], hint: str | None = _HINT
+) -> dict[str, Any]:
     """Read the JSON object in the regular file `path`.
 
     Args:
         path: the file; a pipe, device or folder is refused instead of waited for.
         limit_bytes: a larger file is refused unread.
         error: the class to raise.
+        hint: for text that is not valid JSON.
 
     Raises:
         error: unreadable file or anything that `parse_object` refuses.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path} is not a regular file")
-        if status.st_size > limit_bytes:
-            raise error(f"{path} has {status.st_size:,} bytes, expected at most {limit_bytes:,}")
-        data = path.read_bytes()
-    except OSError as failure:
-        raise error(f"cannot read {path}: {failure.strerror or failure}") from failure
-    return parse_object(data, source=str(path), error=error)
+    data = read_regular(path, limit_bytes=limit_bytes, error=error)
+    return parse_object(data, source=str(path), error=error, hint=hint)
 
 
-def parse_object(data: bytes, *, source: str, error: type[RingExportError]) -> dict[str, Any]:
+def parse_object(
+    data: bytes | str, *, source: str, error: type[RingExportError], hint: str | None = _HINT
+) -> dict[str, Any]:
     """Parse one JSON object; NaN, Infinity, repeated keys and non-UTF-8 text are errors.
 
     Args:
-        data: UTF-8 text.
+        data: text, or its UTF-8 bytes.
         source: what to call it in messages.
         error: the class to raise.
+        hint: for text that is not valid JSON.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -54,16 +54,15 @@ def parse_object(data: bytes, *, source: str, error: type[RingExportError]) -> d
         raise error(f"{source} holds {text}, which is not JSON")
 
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant
-        )
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
     except UnicodeDecodeError as failure:
         raise error(f"{source} is not UTF-8 text: bad byte at offset {failure.start}") from failure
     except json.JSONDecodeError as failure:
         raise error(
             f"{source} is not valid JSON: {failure.msg} at line {failure.lineno}, "
             f"column {failure.colno}",
-            hint="download the file again; it may be truncated or an error page",
+            hint=hint,
         ) from failure
     except RecursionError as failure:
         raise error(f"{source} is nested too deeply to be read") from failure
