@@ -108,7 +108,8 @@ def command(
         limit = min(engine.runner.spec.context_length for engine in (found, expected))
         if tokens > limit:
             raise bad_value("--tokens", f"{tokens} is more than the context, expected 2 to {limit}")
-        warning = _decay_warning((str(bundle), found), (against, expected))
+        sides = ((str(bundle), found), (against, expected))
+        warning = _decay_warning(*sides) or _quantization_warning(*sides)
         ids = _tokens(found.tokenizer, text, tokens)
         result = compare_runners(
             require_probe(found.runner), require_probe(expected.runner), ids, progress=progress
@@ -142,6 +143,23 @@ def _decay_warning(*sides: "tuple[str, Engine]") -> str | None:
     if len({form.rpartition(" ")[2] for form in forms}) < 2:
         return None
     return f"built with different decay indices, so nothing will agree: {', '.join(forms)}"
+
+
+def _quantization_warning(*sides: "tuple[str, Engine]") -> str | None:
+    """Return a sentence if one side is quantized: the bounds are those of equal weights."""
+    quantized = [
+        f"{name} (recipe {engine.bundle.manifest.build.recipe})"
+        for name, engine in sides
+        if engine.bundle is not None
+        and engine.bundle.manifest.quantization is not None
+        and engine.runner.spec.name != "torch"
+    ]
+    if not quantized:
+        return None
+    return (
+        f"quantized, so the bounds for equal weights will not hold: {', '.join(quantized)}; "
+        "ringexport eval --against measures the loss"
+    )
 
 
 def _tokens(tokenizer: "ModelTokenizer", path: Path | None, count: int) -> list[int]:

@@ -380,3 +380,5 @@ def test_ring_nano_in_int8(call: Call, tmp_path: Path) -> None:
     shown = call("run", tmp_path / "q", "The sea was", "--max-new-tokens", 8)
     assert shown.code == 0
     assert len(shown.out) > 8
+    compared = call("compare", tmp_path / "q", "--against", "torch", "--tokens", 32, "--json")
+    assert "quantized" in compared.json["warning"]
