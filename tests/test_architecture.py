@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ringexport"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"errors", "files", "progress", "strict_json", "tensors", "version"}
+LEAVES = {"errors", "files", "progress", "strict_json", "tensors", "tokenizer_errors", "version"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "strict_json": {"errors", "files"},
     "settings": {"errors"},
     "tensors": {"errors"},
+    "tokenizer_errors": {"errors"},
     "progress": set(),
     "bundle": LEAVES,
     "ops": LEAVES,

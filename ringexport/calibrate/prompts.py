@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tokenizers import Tokenizer
 
 import ringexport
 from ringexport.errors import CalibrationError, CheckpointError
+from ringexport.tokenizer_errors import TokenizerErrors
 
 __all__ = ["PromptSet", "Sample", "load_prompts", "shipped_prompts", "tokenize"]
 
@@ -141,30 +141,8 @@ def _open_tokenizer(path: Path) -> Tokenizer:
             f"there is no {path}, which calibration needs",
             hint="copy the tokenizer files of the checkpoint beside its weights",
         )
-    with _TokenizersErrors(path):
+    with TokenizerErrors(path):
         return Tokenizer.from_file(str(path))
-
-
-class _TokenizersErrors:
-    """Turns what the tokenizers library raises, plain `Exception`, into a CheckpointError."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is Exception:
-            raise CheckpointError(
-                f"{self._path} is no usable tokenizer: {error!s:.200}",
-                hint="copy the tokenizer files from the original checkpoint again",
-            ) from error
 
 
 def _read(path: Path, name: str) -> PromptSet:

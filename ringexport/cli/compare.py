@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CompareConfig", "command"]
 
-EXIT_OUT_OF_BOUNDS = 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareConfig:

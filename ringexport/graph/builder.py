@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from ringexport.errors import GraphError
 from ringexport.graph.initializers import LazyInitializer, from_array
 from ringexport.ops.spec import DOMAIN, Attributes, OpSpec
 
@@ -98,8 +99,13 @@ class GraphBuilder:
             attributes: as the contract names them.
             label: of the node.
             values: names for outputs that the graph exposes, by their name in the contract.
+
+        Raises:
+            GraphError: an earlier node of the op has attributes that need another function.
         """
-        self.functions[spec.name] = spec.function(spec.name, attributes)
+        text = spec.function(attributes)
+        if self.functions.setdefault(spec.name, text) != text:
+            raise GraphError(f"{spec.name} is used with attributes that need different functions")
         stem = self.scoped(label)
         given = values or {}
         names = [given.get(arg.name, f"{stem}/{arg.name}") for arg in spec.outputs]

@@ -90,7 +90,12 @@ def vector(
     name: str, weights: CheckpointWeights, source: str, dtype: ComputeDtype
 ) -> LazyInitializer:
     """Copy the checkpoint tensor `source` as it lies."""
-    return _converted(name, weights, source, dtype, weights.info(source).shape)
+
+    def chunks() -> Iterator[AnyArray]:
+        yield weights.read_f32(source).astype(dtype.numpy, copy=False)
+
+    shape = weights.info(source).shape
+    return LazyInitializer(name=name, shape=shape, dtype=dtype.numpy, chunks=chunks)
 
 
 def table(
@@ -173,19 +178,6 @@ def stacked_down_projections(
             yield matrix.astype(dtype.numpy, copy=False)
 
     shape = (len(experts), rows, columns)
-    return LazyInitializer(name=name, shape=shape, dtype=dtype.numpy, chunks=chunks)
-
-
-def _converted(
-    name: str,
-    weights: CheckpointWeights,
-    source: str,
-    dtype: ComputeDtype,
-    shape: tuple[int, ...],
-) -> LazyInitializer:
-    def chunks() -> Iterator[AnyArray]:
-        yield weights.read_f32(source).astype(dtype.numpy, copy=False)
-
     return LazyInitializer(name=name, shape=shape, dtype=dtype.numpy, chunks=chunks)
 
 

@@ -53,8 +53,8 @@ class OpSpec:
     function_body: Callable[[Attributes], str]
     references_attributes: bool = False
 
-    def function(self, name: str, attributes: Attributes) -> str:
-        """Return the ONNX text of a model-local function called `name` in `DOMAIN`.
+    def function(self, attributes: Attributes) -> str:
+        """Return the ONNX text of the model-local function that defines the op.
 
         Most bodies have the attribute values written into them, because a shape cannot be computed
         from an attribute reference.
@@ -66,7 +66,7 @@ class OpSpec:
         declared = f" <{', '.join(self.attributes)}>" if self.references_attributes else ""
         return (
             f'<opset_import: [{imports}], domain: "{DOMAIN}">\n'
-            f"{name}{declared} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
+            f"{self.name}{declared} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
         )
 
 

@@ -3,7 +3,6 @@
 import codecs
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -12,12 +11,12 @@ from ringexport.errors import CheckpointError, ConfigError
 from ringexport.files import file_exists, resolve_inside
 from ringexport.runtime.chat import ChatTemplate
 from ringexport.strict_json import read_object
+from ringexport.tokenizer_errors import TOKENIZER_HINT, TokenizerErrors
 
 __all__ = ["ModelTokenizer", "TextDecoder"]
 
 Json = Any  # what json.loads returns; every use narrows it
 MAX_FILE_BYTES = 200_000_000
-TOKENIZER_HINT = "copy tokenizer.json and its config files from the original checkpoint again"
 
 
 class ModelTokenizer:
@@ -65,7 +64,7 @@ class ModelTokenizer:
                 f" {str(data.get('decoder'))[:80]}",
                 hint="models of this family use byte-level BPE; other tokenizers are not supported",
             )
-        with _TokenizersErrors(path):
+        with TokenizerErrors(path):
             tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -152,27 +151,6 @@ class TextDecoder:
     def flush(self) -> str:
         """Return what is left at the end: U+FFFD for the start of a character, or nothing."""
         return self._utf8.decode(b"", final=True)
-
-
-class _TokenizersErrors:
-    """Turns what the tokenizers library raises, plain `Exception`, into a CheckpointError."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is Exception:
-            raise CheckpointError(
-                f"{self._path} is no usable tokenizer: {str(error)[:300]}", hint=TOKENIZER_HINT
-            ) from error
 
 
 def byte_symbols() -> list[str]:

@@ -15,11 +15,13 @@ import torch
 
 from ringexport.checkpoint import CheckpointWeights
 from ringexport.errors import GraphError
+from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.export import export_graph
 from ringexport.graph.initializers import ComputeDtype, LazyInitializer, from_array
 from ringexport.graph.save import ALIGNMENT, write_weights
 from ringexport.model import ReferenceModel
 from ringexport.ops.decay import DecayIndex
+from ringexport.ops.linear_attention import LINEAR_ATTENTION
 from tests.checkpoints import make_checkpoint
 from tests.numerics import assert_close
 
@@ -216,6 +218,7 @@ MEASURE_EXPORT = """
 import resource, sys
 from pathlib import Path
 from ringexport.checkpoint import CheckpointWeights
+from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.export import export_graph
 weights = CheckpointWeights.open(Path(sys.argv[1]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -240,3 +243,13 @@ def test_export_never_holds_the_model(tmp_path: Path) -> None:
     weight_bytes, grown = (int(value) for value in result.stdout.split())
     assert weight_bytes > 200 << 20
     assert grown < 0.25 * weight_bytes
+
+
+def test_one_op_cannot_have_two_functions() -> None:
+    builder = GraphBuilder()
+    inputs = ["q", "k", "v", "past", "decay", "lengths"]
+    scale = {"query_scale": 0.5}
+    builder.contract(LINEAR_ATTENTION, inputs, {"num_heads": 2, **scale}, "first")
+    builder.contract(LINEAR_ATTENTION, inputs, {"num_heads": 2, **scale}, "same")
+    with pytest.raises(GraphError, match="RingLinearAttention is used with attributes"):
+        builder.contract(LINEAR_ATTENTION, inputs, {"num_heads": 4, **scale}, "other")

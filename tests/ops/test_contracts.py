@@ -47,7 +47,7 @@ def run_contract(
     ]
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "op", infos, outputs),
-        functions=[onnx.parser.parse_function(spec.function(spec.name, attributes))],
+        functions=[onnx.parser.parse_function(spec.function(attributes))],
         opset_imports=[
             onnx.helper.make_opsetid("", OPSET),
             onnx.helper.make_opsetid(DOMAIN, 1),
