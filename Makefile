@@ -2,6 +2,7 @@
 # make test   set everything up and run the tests
 # make check  set everything up and run lint, format and type checks
 # make docs   regenerate the reference pages from the code
+# make plugins  compile the CUDA kernels and the TensorRT plugins; needs nvcc, no GPU; ARCHITECTURES=90a for one only
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -11,7 +12,9 @@ TORCH ?= torch==2.13.0
 BUNDLE ?= bundles/ring-nano
 PROMPT ?= def read_config(path):
 
-.PHONY: setup demo test check docs clean
+ARCHITECTURES ?= 80;86;89;90a;100;120
+
+.PHONY: setup demo test check docs plugins clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +22,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("ringexport needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[ort,torch,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps kernel-lens==2.0.1
 	touch $@
 
 demo: setup
@@ -35,6 +39,10 @@ check: setup
 
 docs: setup
 	$(BIN)/python scripts/generate_docs.py
+
+plugins: setup
+	cmake -S plugins -B build/plugins -DPython3_EXECUTABLE="$(abspath $(BIN))/python" "-DRINGEXPORT_CUDA_ARCHITECTURES=$(ARCHITECTURES)"
+	cmake --build build/plugins --parallel
 
 clean:
 	rm -rf $(VENV) bundles build .pytest_cache .mypy_cache .ruff_cache

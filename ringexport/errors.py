@@ -19,6 +19,8 @@
         BackendUnavailableError      a target that cannot run here
         ToleranceExceededError       a comparison that failed
         OutputError                  an output that cannot be written
+        QueueFullError               more requests at once than may wait
+        EngineClosedError            a request to an engine that was shut down
 
 Every message says what is wrong, where, and what was expected; ``hint`` says what to do about it.
 """
@@ -34,10 +36,12 @@ __all__ = [
     "ContextLengthError",
     "DigestError",
     "EngineBuildError",
+    "EngineClosedError",
     "GraphError",
     "MissingTensorError",
     "OutputError",
     "QuantizationError",
+    "QueueFullError",
     "RingExportError",
     "ShapeError",
     "ToleranceExceededError",
@@ -150,3 +154,11 @@ class OutputError(RingExportError):
     """An output that cannot be written: permissions, disk full, existing file."""
 
     exit_code = 6
+
+
+class QueueFullError(RingExportError):
+    """More requests at once than may wait; later there is room again."""
+
+
+class EngineClosedError(RingExportError):
+    """A request that an engine refused, or gave up, because it was shut down."""

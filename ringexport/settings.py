@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from ringexport.errors import ConfigError
 
@@ -11,6 +12,9 @@ __all__ = ["Settings", "forbid_onnxruntime_telemetry", "load_settings"]
 VARIABLES = {
     "RINGEXPORT_THREADS": "threads per operation of CPU backends; default: all physical cores",
     "RINGEXPORT_BACKEND": "backend of `run`, `eval` and `bench` where --backend is not given",
+    "RINGEXPORT_KERNEL_LIBRARY": "CUDA kernel library; default: build/plugins/libringkernels.so",
+    "RINGEXPORT_PLUGIN_LIBRARY": "TensorRT plugins; default: build/plugins/libringplugins.so",
+    "RINGEXPORT_API_KEY": "key that clients of `serve` must send, where --api-key is not given",
     "NO_COLOR": "any value but the empty one: no colours on the terminal",
 }
 """Every variable that ringexport reads and what it does; docs/cli.md shows this table."""
@@ -23,11 +27,17 @@ class Settings:
     Attributes:
         threads: threads per operation of CPU backends, None for the backend's own choice.
         backend: name of a backend, or "auto".
+        kernel_library: path of the CUDA kernel library, None for the default place.
+        plugin_library: path of the TensorRT plugin library, None for the default place.
+        api_key: what clients of the server must send, None for nothing.
         color: False if NO_COLOR is set.
     """
 
     threads: int | None = None
     backend: str = "auto"
+    kernel_library: Path | None = None
+    plugin_library: Path | None = None
+    api_key: str | None = field(default=None, repr=False)
     color: bool = True
 
 
@@ -44,6 +54,9 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         threads=_threads(values.get("RINGEXPORT_THREADS", "")),
         backend=values.get("RINGEXPORT_BACKEND", "") or "auto",
+        kernel_library=Path(path) if (path := values.get("RINGEXPORT_KERNEL_LIBRARY")) else None,
+        plugin_library=Path(path) if (path := values.get("RINGEXPORT_PLUGIN_LIBRARY")) else None,
+        api_key=values.get("RINGEXPORT_API_KEY", "") or None,
         color=not values.get("NO_COLOR", ""),
     )
 

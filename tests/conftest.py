@@ -22,6 +22,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny-checkpoint"))
 
 
+@pytest.fixture(scope="session")
+def host_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The TensorRT plugin library, compiled without kernels: builds engines that nothing runs."""
+    from tests.plugins.native import compile_host_library
+
+    return compile_host_library(tmp_path_factory.mktemp("host-plugins"))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(SEED)
@@ -49,7 +57,8 @@ def _missing_gpu() -> str | None:
 
 @functools.cache
 def _missing_trt() -> str | None:
-    if any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+    names = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+    if any(importlib.util.find_spec(name) for name in names):
         return None
     return "neither tensorrt nor tensorrt_rtx is installed"
 

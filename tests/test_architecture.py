@@ -31,16 +31,25 @@ ALLOWED: dict[str, set[str]] = {
     "model": LEAVES | {"ops", "checkpoint"},
     "calibrate": LEAVES | {"ops", "checkpoint", "model", "stats"},
     "graph": LEAVES | {"ops", "checkpoint"},
+    "kernels": LEAVES,
+    "engine": LEAVES | {"bundle", "ops"},
+    "packing": LEAVES | {"checkpoint", "ops"},
+    "runtime.backends.cuda": LEAVES
+    | {"runtime", "bundle", "checkpoint", "kernels", "ops", "packing"},
     "runtime": LEAVES | {"ops", "bundle", "settings"},
     "runtime.backends.torch_ref": LEAVES | {"runtime", "bundle", "model", "checkpoint", "ops"},
+    "runtime.backends.trt": LEAVES | {"runtime", "bundle", "engine"},
     "runtime.backends.torch_quantized": LEAVES | {"model", "checkpoint", "ops"},
+    "batching": LEAVES | {"runtime"},
+    "serve": LEAVES | {"batching", "runtime", "bundle"},
+    "triton": LEAVES | {"bundle", "runtime", "batching"},
     "compare": LEAVES | {"runtime", "ops"},
     "pipeline": LEAVES
-    | {"bundle", "checkpoint", "graph", "ops", "runtime", "settings"}
-    | {"calibrate", "compare", "quantize", "stats"},
+    | {"bundle", "checkpoint", "engine", "graph", "ops", "runtime", "settings"}
+    | {"calibrate", "compare", "packing", "quantize", "stats"},
     "cli": LEAVES
-    | {"pipeline", "runtime", "compare", "bundle", "checkpoint", "ops", "settings"}
-    | {"quantize", "stats"},
+    | {"pipeline", "runtime", "compare", "bundle", "checkpoint", "engine", "ops", "settings"}
+    | {"quantize", "stats", "batching", "serve", "triton"},
     "": LEAVES | {"runtime"},
     "__main__": {"cli"},
 }
@@ -56,7 +65,10 @@ def module_name(path: Path) -> str:
 
 
 def layer_of(module: str) -> str:
-    return module if module in ALLOWED else module.partition(".")[0]
+    """Return the longest entry of the table that holds the module."""
+    while module not in ALLOWED and "." in module:
+        module = module.rpartition(".")[0]
+    return module
 
 
 def imports(path: Path) -> Iterator[str]:

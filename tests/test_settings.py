@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from ringexport.errors import ConfigError
@@ -9,9 +11,23 @@ def test_nothing_is_required() -> None:
 
 
 def test_every_variable_is_read() -> None:
-    values = {"RINGEXPORT_THREADS": "3", "RINGEXPORT_BACKEND": "torch", "NO_COLOR": "1"}
+    values = {
+        "RINGEXPORT_THREADS": "3",
+        "RINGEXPORT_BACKEND": "torch",
+        "RINGEXPORT_KERNEL_LIBRARY": "kernels.so",
+        "RINGEXPORT_PLUGIN_LIBRARY": "plugins.so",
+        "RINGEXPORT_API_KEY": "secret",
+        "NO_COLOR": "1",
+    }
     assert values.keys() == VARIABLES.keys()
-    assert load_settings(values) == Settings(threads=3, backend="torch", color=False)
+    assert load_settings(values) == Settings(
+        threads=3,
+        backend="torch",
+        kernel_library=Path("kernels.so"),
+        plugin_library=Path("plugins.so"),
+        api_key="secret",
+        color=False,
+    )
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", "99999", "٣"])

@@ -213,7 +213,11 @@ def _open_runners(
     from ringexport.runtime.registry import RunnerOptions
 
     bundle = EngineBundle.open(choice.bundle, verify=choice.verify, progress=progress)
-    options = RunnerOptions(threads=app.settings.threads, checkpoint=choice.checkpoint)
+    options = RunnerOptions(
+        threads=app.settings.threads,
+        checkpoint=choice.checkpoint,
+        kernel_library=app.settings.kernel_library,
+    )
     backends = choice.backends
     if not backends and app.settings.backend != AUTO:
         backends = (app.settings.backend,)

@@ -53,7 +53,15 @@ _ESTIMATE_KEYS = (
     metavar="TARGET",
     default=(AUTO,),
     show_default=True,
-    help="What to build for, such as onnxruntime:cpu; may be given several times.",
+    help="What to build for, such as onnxruntime:cpu or tensorrt-rtx:sm_89+sm_120; may be given "
+    "several times.",
+)
+@click.option(
+    "--profile",
+    metavar="NAME|FILE.toml",
+    default=BuildRequest.__dataclass_fields__["profile"].default,
+    show_default=True,
+    help="Shape ranges and builder options of TensorRT engines (engines/profiles).",
 )
 @click.option(
     "--decay-index",
@@ -86,6 +94,7 @@ def command(
     *,
     recipe: str,
     targets: tuple[str, ...],
+    profile: str,
     decay_index: str,
     calibration: str | None,
     calibration_samples: int | None,
@@ -116,6 +125,8 @@ def command(
         threads=worker_threads(app),
         gate=gate,
         gate_fallback=gate_fallback,
+        profile=profile,
+        plugin_library=app.settings.plugin_library,
     )
     terminal = app.terminal
     if dry_run:
@@ -137,6 +148,9 @@ def command(
     quantization = result.manifest.quantization
     for note in quantization.notes if quantization is not None else ():
         terminal.say(f"note: {note}")
+    for note in result.notes:
+        if quantization is None or note not in quantization.notes:
+            terminal.say(f"note: {note}")
     terminal.say(f'try it: ringexport run {shlex.quote(str(result.path))} "Once upon a time"')
 
 

@@ -48,7 +48,7 @@ def command(app: App, *, as_json: bool) -> None:
 
     Also lists what killed builds have left in the current directory. Changes nothing.
     """
-    checks = check_machine()
+    checks = check_machine(app.settings.plugin_library)
     targets = check_targets({check.name: check for check in checks})
     stale = stale_builds()
     if as_json:
@@ -77,8 +77,12 @@ def command(app: App, *, as_json: bool) -> None:
         terminal.result("removes them, or remove them yourself: " + ", ".join(stale))
 
 
-def check_machine() -> list[Check]:
-    """Look at Python, packages, drivers, compilers and the disk."""
+def check_machine(plugin_library: Path | None = None) -> list[Check]:
+    """Look at Python, packages, drivers, compilers and the disk.
+
+    Args:
+        plugin_library: of the TensorRT plugins, None for the default place.
+    """
     return [
         _check_python(),
         _check_package("numpy", "pip install ringexport"),
@@ -87,8 +91,9 @@ def check_machine() -> list[Check]:
         _check_onnxruntime(),
         _check_gpu(),
         _check_nvcc(),
-        _check_package("tensorrt", "pip install 'ringexport[tensorrt]'"),
-        _check_package("tensorrt_rtx", "pip install 'ringexport[tensorrt-rtx]'"),
+        _check_tensorrt("tensorrt"),
+        _check_tensorrt("tensorrt-rtx"),
+        _check_plugins(plugin_library),
         _check_disk(),
     ]
 
@@ -121,10 +126,35 @@ def check_targets(machine: dict[str, Check]) -> list[TargetCheck]:
     later = {
         "onnxruntime:cuda": [machine["NVIDIA GPU"]],
         "cuda:sm_80/86/89/90/100/120": [machine["NVIDIA GPU"], machine["nvcc"]],
-        "tensorrt:sm_..": [machine["NVIDIA GPU"], machine["tensorrt"]],
-        "tensorrt-rtx:sm_80/86/89/120": [machine["tensorrt_rtx"]],
     }
-    return [cpu, reference, *(_later(target, needs) for target, needs in later.items())]
+    return [
+        cpu,
+        reference,
+        _tensorrt_target("tensorrt:sm_..", machine, "tensorrt", ["NVIDIA GPU"]),
+        _tensorrt_target("tensorrt-rtx:sm_80/86/89/120", machine, "tensorrt-rtx", []),
+        *(_later(target, needs) for target, needs in later.items()),
+    ]
+
+
+def _tensorrt_target(
+    target: str, machine: dict[str, Check], flavor: str, needs: list[str]
+) -> TargetCheck:
+    """Say whether engines can be built here; running them needs a GPU that they are for."""
+    missing = [
+        machine[name]
+        for name in ("onnx", flavor, "TensorRT plugins", *needs)
+        if not machine[name].found
+    ]
+    if missing:
+        return TargetCheck(
+            target=target,
+            works=False,
+            reason="; ".join(f"no {check.name} here" for check in missing),
+            install=missing[0].install,
+        )
+    gpu = machine["NVIDIA GPU"]
+    where = "here, if its GPU is the target's" if gpu.found else "on another machine: no GPU here"
+    return TargetCheck(target=target, works=True, reason=f"builds bundles; they run {where}")
 
 
 def _later(target: str, needs: list[Check]) -> TargetCheck:
@@ -163,6 +193,36 @@ def _check_package(name: str, install: str) -> Check:
     except importlib.metadata.PackageNotFoundError:
         version = "unknown version"
     return Check(name=name, found=True, detail=version)
+
+
+def _check_tensorrt(name: str) -> Check:
+    """Look for the module of a flavour without importing it."""
+    from ringexport.engine.flavor import FLAVORS, find_module
+
+    flavor = FLAVORS[name]
+    module = find_module(flavor)
+    if module is None:
+        return Check(name=name, found=False, detail="not installed", install=flavor.hint)
+    packages = importlib.metadata.packages_distributions().get(module, [module])
+    try:
+        version = importlib.metadata.version(packages[0])
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown version"
+    return Check(name=name, found=True, detail=f"{version}, module {module}")
+
+
+def _check_plugins(path: Path | None) -> Check:
+    """Read what the plugin library says about itself."""
+    from ringexport.engine.plugins import BUILD_HINT, NO_KERNELS, find_library
+    from ringexport.errors import RingExportError
+
+    try:
+        library = find_library(path)
+    except RingExportError as error:
+        return Check(name="TensorRT plugins", found=False, detail=error.message, install=BUILD_HINT)
+    kernels = library.kernels
+    what = "without kernels: engines build, nothing runs" if kernels == NO_KERNELS else kernels
+    return Check(name="TensorRT plugins", found=True, detail=f"{library.path}, kernels {what}")
 
 
 def _check_onnxruntime() -> Check:

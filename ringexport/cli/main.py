@@ -28,6 +28,8 @@ __all__ = ["cli", "main", "run_cli"]
 COMMANDS = {
     "build": "Build an engine bundle from a checkpoint.",
     "run": "Continue a prompt with a bundle, or chat.",
+    "serve": "Serve a bundle over HTTP, in OpenAI's form, with a chat page.",
+    "triton": "Write a model repository for Triton Inference Server.",
     "quantize": "Quantize a checkpoint to FP8 or INT8.",
     "eval": "Measure perplexity and bits per byte on text files.",
     "bench": "Measure first-token time and decode speed per backend.",

@@ -55,6 +55,7 @@ def open_engine(
         threads=app.settings.threads,
         checkpoint=checkpoint,
         decay_index=DecayIndex(decay_index or "serving"),
+        kernel_library=app.settings.kernel_library,
     )
     bundle = None
     directory = path

@@ -39,7 +39,8 @@ def render_reference() -> str:
 def _targets() -> str:
     """Return the targets of the design and what this version does with each."""
     rows = {
-        f"`{form.name}`": "built; recipes " + ", ".join(f"`{name}`" for name in RUNNABLE[form.name])
+        f"`{form.name}`": "built; recipes "
+        + ", ".join(f"`{name}`" for name in RUNNABLE[form.family])
         if form.missing is None
         else f"refused with exit code 4: this version lacks {form.missing}"
         for form in TARGET_FORMS

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from ringexport.cli.app import App, backend_option, command_options, json_option, pass_app
+from ringexport.cli.run_batch import check_usage, run_batch
 from ringexport.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ringexport.runtime.generation import GenerationResult, GenerationStream
     from ringexport.runtime.sampling import SamplingParams
@@ -82,6 +83,20 @@ def _sampling(
 @click.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
+@click.option(
+    "--input",
+    "input_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='Continue many prompts, one JSON object a line: {"id": ..., "prompt": ...}.',
+)
+@click.option(
+    "--output",
+    "output_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where --input's results go; prompts that have one there already are skipped.",
+)
 @click.option("--chat", is_flag=True, help="Put the prompt into the checkpoint's chat template.")
 @click.option(
     "--thinking/--no-thinking",
@@ -124,6 +139,8 @@ def command(
     *,
     bundle: Path,
     prompt: str | None,
+    input_path: Path | None,
+    output_path: Path | None,
     chat: bool,
     thinking: bool,
     stop: tuple[str, ...],
@@ -136,17 +153,28 @@ def command(
 
     The text goes to stdout, numbers about it to stderr. A CHECKPOINT works too, with the torch
     reference.
+
+    With --input and --output the prompts of a file are continued together. A line has an "id", a
+    "prompt" or "messages", and, where it needs its own, the options below by their names in Python:
+    "max_new_tokens" and so on. The same command goes on after an interrupt.
     """
     from ringexport.cli.opening import open_engine
-    from ringexport.runtime.sampling import SamplingParams
 
+    check_usage(prompt, input_path, output_path)
+    if input_path is not None and output_path is not None:
+        run_batch(
+            app,
+            bundle,
+            _params(stop, sampling),
+            files=(input_path, output_path),
+            backend=app.backend(backend),
+            chat=chat,
+            thinking=thinking,
+            as_json=as_json,
+        )
+        return
     text = _read_prompt(prompt)
-    given = {name: value for name, value in sampling.items() if value is not None}
-    try:
-        params = SamplingParams(stop=stop, **given)  # type: ignore[arg-type]  # click checked types
-    except ConfigError as error:
-        hint = "ringexport run --help shows the ranges"
-        raise ConfigError(error.message, hint=hint) from error
+    params = _params(stop, sampling)
     terminal = app.terminal
     with terminal.progress(keep_lines=False) as progress:
         engine = open_engine(app, bundle, progress, backend=app.backend(backend))
@@ -161,6 +189,18 @@ def command(
         elif not stream:
             sys.stdout.write(result.text + "\n")
     terminal.say(_statistics(engine.runner.spec.name, result), style="dim")
+
+
+def _params(stop: tuple[str, ...], sampling: "Mapping[str, float | None]") -> "SamplingParams":
+    """Return what the options ask for; left out, the dataclass decides."""
+    from ringexport.runtime.sampling import SamplingParams
+
+    given = {name: value for name, value in sampling.items() if value is not None}
+    try:
+        return SamplingParams(stop=stop, **given)  # type: ignore[arg-type]  # click checked types
+    except ConfigError as error:
+        hint = "ringexport run --help shows the ranges"
+        raise ConfigError(error.message, hint=hint) from error
 
 
 def _generate(

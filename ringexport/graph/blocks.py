@@ -11,7 +11,7 @@ from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.graph import initializers
 from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.initializers import ComputeDtype
-from ringexport.graph.quantized import QuantizedEmitter
+from ringexport.graph.quantized import Emitter, QuantizedEmitter
 from ringexport.ops.attention import ATTENTION
 from ringexport.ops.decay import DecayIndex, log_decay
 from ringexport.ops.linear_attention import LINEAR_ATTENTION
@@ -44,13 +44,14 @@ class BlockBuilder:
         weights: CheckpointWeights,
         decay_index: DecayIndex,
         dtype: ComputeDtype,
+        emitter: type[Emitter] = QuantizedEmitter,
     ) -> None:
         self.builder = builder
         self.config = config
         self.weights = weights
         self.decay_index = decay_index
         self.dtype = dtype
-        self.quantized = QuantizedEmitter(builder=builder, weights=weights)
+        self.quantized = emitter(builder=builder, weights=weights, dtype=dtype)
 
     def embedding(self) -> str:
         """Embedded tokens [B, T, D].
@@ -182,10 +183,10 @@ class BlockBuilder:
         """Weighted sum of the routed experts [N, D]; inputs as of RingExperts."""
         build, label = self.builder, f"layers.{layer}.mlp.experts"
         top_k = self.config.num_experts_per_tok
-        mixed = self.quantized.int8_experts(inputs, experts, "mlp.experts", top_k)
+        mixed = self.quantized.experts(inputs, experts, "mlp.experts", top_k)
         if mixed is not None:
             return mixed
-        matrices = self.quantized.fp8_expert_weights(experts, "mlp.experts")
+        matrices = self.quantized.expert_weights(experts, "mlp.experts")
         if matrices is None:
             gate_up = initializers.stacked_gate_up_projections(
                 f"{label}.gate_up_proj", self.weights, experts, self.dtype

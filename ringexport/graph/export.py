@@ -14,7 +14,14 @@ from ringexport.graph.save import write_weights
 from ringexport.ops.decay import DecayIndex
 from ringexport.progress import NoProgress, Progress
 
-__all__ = ["GRAPH_FILE", "PROBE_FILE", "WEIGHTS_FILE", "GraphInfo", "export_graph"]
+__all__ = [
+    "GRAPH_FILE",
+    "PROBE_FILE",
+    "WEIGHTS_FILE",
+    "GraphInfo",
+    "check_graph",
+    "export_graph",
+]
 
 GRAPH_FILE = "model.onnx"
 PROBE_FILE = "probe.onnx"
@@ -69,12 +76,17 @@ def export_graph(
     for name, with_probes in ((GRAPH_FILE, False), (PROBE_FILE, True)):
         model = lower_ort(network, tensors, with_probes=with_probes)
         (directory / name).write_bytes(model.SerializeToString(deterministic=True))
-        _check(directory / name)
+        check_graph(directory / name)
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     return GraphInfo(nodes=len(network.builder.nodes), weight_bytes=total, opsets=opsets)
 
 
-def _check(path: Path) -> None:
+def check_graph(path: Path) -> None:
+    """Let the ONNX checker look at a graph.
+
+    Raises:
+        GraphError: it does not pass.
+    """
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:

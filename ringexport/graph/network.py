@@ -10,6 +10,7 @@ from ringexport.graph import initializers
 from ringexport.graph.blocks import BlockBuilder, Step
 from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.initializers import AnyArray, ComputeDtype
+from ringexport.graph.quantized import Emitter, QuantizedEmitter
 from ringexport.ops.decay import DecayIndex
 from ringexport.ops.rotary import split_rotary_tables
 
@@ -42,6 +43,7 @@ def build_network(
     *,
     decay_index: DecayIndex = DecayIndex.SERVING,
     dtype: ComputeDtype = ComputeDtype.FP32,
+    emitter: type[Emitter] = QuantizedEmitter,
 ) -> Network:
     """Build the graph of a checkpoint; weights are read only when the graph is saved.
 
@@ -50,9 +52,10 @@ def build_network(
         weights: where the weights will come from.
         decay_index: form of the decay, folded into the graph as one constant per linear layer.
         dtype: of activations, matrices and KV cache.
+        emitter: adds quantized modules in the form that the runtime takes.
     """
     builder = GraphBuilder()
-    blocks = BlockBuilder(builder, config, weights, decay_index, dtype)
+    blocks = BlockBuilder(builder, config, weights, decay_index, dtype, emitter)
     step = _step(builder, config)
     inputs, outputs, probes = _plain_inputs(), [], []
     hidden = blocks.embedding()

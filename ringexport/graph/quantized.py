@@ -6,6 +6,7 @@ fp32 when a session starts; inputs are rounded to FP8 as the scheme says, produc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,25 +15,58 @@ import onnx
 from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.errors import GraphError
 from ringexport.graph.builder import GraphBuilder
-from ringexport.graph.initializers import AnyArray, LazyInitializer, from_array
+from ringexport.graph.initializers import AnyArray, ComputeDtype, LazyInitializer, from_array
 from ringexport.ops.moe import INT8_EXPERTS
 from ringexport.ops.projection import FP8_QUANTIZE, INT8_PROJECTION, INT8_ZERO, int8_block_size
 from ringexport.ops.quantization import GranularityKind, NumberFormat, Quantized
 from ringexport.ops.schemes import ActivationMode, ActivationScheme, ModuleScheme
 
-__all__ = ["QuantizedEmitter"]
+__all__ = ["Emitter", "QuantizedEmitter", "row_scales"]
 
 FLOAT = onnx.TensorProto.FLOAT
 FP8 = onnx.TensorProto.FLOAT8E4M3FN
 PER_ROW = {GranularityKind.TENSOR, GranularityKind.CHANNEL}
 
 
+class Emitter(Protocol):
+    """Adds the quantized parts of one checkpoint to a graph, in the form that a runtime takes.
+
+    Each method returns None for what is to be added as if it were not quantized.
+    """
+
+    def __init__(
+        self, *, builder: GraphBuilder, weights: CheckpointWeights, dtype: ComputeDtype
+    ) -> None:
+        """Keep the graph, the checkpoint and the dtype of activations."""
+
+    def projection(
+        self,
+        value: str,
+        module: str,
+        label: str,
+        rows: tuple[int, int],
+        *,
+        output: str | None = None,
+    ) -> str | None:
+        """Multiply a value by some rows of a module."""
+
+    def rounded(self, value: str, module: str, label: str) -> str:
+        """Round the input of a module whose product is computed from dequantized weights."""
+
+    def experts(self, inputs: list[str], experts: list[str], label: str, top_k: int) -> str | None:
+        """Add routed experts."""
+
+    def expert_weights(self, experts: list[str], label: str) -> list[str] | None:
+        """Add stacked matrices for RingExperts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedEmitter:
-    """Adds the quantized parts of one checkpoint to a graph."""
+    """Adds the quantized parts of one checkpoint to a graph for ONNX Runtime."""
 
     builder: GraphBuilder
     weights: CheckpointWeights
+    dtype: ComputeDtype = ComputeDtype.FP32
 
     def scheme(self, module: str) -> ModuleScheme | None:
         """Return how a module is quantized; None for one that is not."""
@@ -76,9 +110,7 @@ class QuantizedEmitter:
             return self._rounded_static(value, module, label)
         return self._rounded_dynamic(value, module, label, activations)
 
-    def int8_experts(
-        self, inputs: list[str], experts: list[str], label: str, top_k: int
-    ) -> str | None:
+    def experts(self, inputs: list[str], experts: list[str], label: str, top_k: int) -> str | None:
         """Add routed experts with int8 weights; None if they are not int8 in a layout of the op.
 
         Args:
@@ -98,10 +130,10 @@ class QuantizedEmitter:
         )
         return output
 
-    def fp8_expert_weights(self, experts: list[str], label: str) -> list[str] | None:
+    def expert_weights(self, experts: list[str], label: str) -> list[str] | None:
         """Return gate_up_proj and down_proj in fp32, dequantized from FP8 when a session starts.
 
-        None if the experts are not FP8 with scales per row; arguments as of `int8_experts`.
+        None if the experts are not FP8 with scales per row; arguments as of `experts`.
         """
         if not self._all_per_row(experts, NumberFormat.FP8_E4M3):
             return None
@@ -152,7 +184,7 @@ class QuantizedEmitter:
             return None
         blocks = in_features // block
         quantized = self.weights.quantized(f"{module}.weight")
-        scale = _row_scales(quantized)[first:last]
+        scale = row_scales(quantized)[first:last]
 
         def chunks() -> Iterator[AnyArray]:
             stored = self.weights.quantized(f"{module}.weight").values[first:last]
@@ -194,7 +226,7 @@ class QuantizedEmitter:
             dtype=NumberFormat.FP8_E4M3.dtype,
             chunks=chunks,
         )
-        scale = _row_scales(self.weights.quantized(f"{module}.weight"))[first:last].T
+        scale = row_scales(self.weights.quantized(f"{module}.weight"))[first:last].T
         scales = from_array(f"{name}.scale", np.ascontiguousarray(scale))
         build = self.builder
         real = build.node("Cast", [build.weight(codes)], f"{label}.real", to=FLOAT)
@@ -252,7 +284,7 @@ class QuantizedEmitter:
                     quantized = self.weights.quantized(f"{part}.weight")
                     stored = quantized.values
                     codes = _codes(stored) if stored.dtype == np.int8 else stored
-                    stacked[index :: len(parts)] = _row_scales(quantized) if scales else codes
+                    stacked[index :: len(parts)] = row_scales(quantized) if scales else codes
                 yield stacked
 
         fp32 = np.dtype(np.float32)
@@ -277,7 +309,7 @@ def _codes(values: AnyArray) -> npt.NDArray[np.uint8]:
     return (values.astype(np.int16) + INT8_ZERO).astype(np.uint8)
 
 
-def _row_scales(quantized: Quantized) -> npt.NDArray[np.float32]:
+def row_scales(quantized: Quantized) -> npt.NDArray[np.float32]:
     """Return one scale per row, [rows, 1] fp32, of a tensor quantized per tensor or channel."""
     rows = quantized.values.shape[0]
     scale = quantized.weight_scale.astype(np.float32).reshape(-1, 1)

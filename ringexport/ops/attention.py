@@ -88,8 +88,20 @@ ATTENTION = OpSpec(
     ),
     outputs=(
         TensorArg(name="output", shape="B T H*K", dtype="float", text="attention output"),
-        TensorArg(name="present_key", shape="B KV S K", dtype="float", text="in place"),
-        TensorArg(name="present_value", shape="B KV S K", dtype="float", text="in place"),
+        TensorArg(
+            name="present_key",
+            shape="B KV S K",
+            dtype="float",
+            text="in place",
+            alias="past_key",
+        ),
+        TensorArg(
+            name="present_value",
+            shape="B KV S K",
+            dtype="float",
+            text="in place",
+            alias="past_value",
+        ),
     ),
     attributes={
         "num_heads": "H",
@@ -97,4 +109,6 @@ ATTENTION = OpSpec(
         "softmax_scale": "factor on the scores, K ** -0.5",
     },
     function_body=_function_body,
+    sizes={"H": "num_heads", "KV": "num_kv_heads"},
+    reals=frozenset({"softmax_scale"}),
 )

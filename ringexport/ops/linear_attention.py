@@ -104,9 +104,15 @@ LINEAR_ATTENTION = OpSpec(
     outputs=(
         TensorArg(name="output", shape="B T H*V", dtype="float", text="attention output"),
         TensorArg(
-            name="present_state", shape="B H K V", dtype="fp32", text="state after, in place"
+            name="present_state",
+            shape="B H K V",
+            dtype="fp32",
+            text="state after, in place",
+            alias="past_state",
         ),
     ),
     attributes={"num_heads": "H", "query_scale": "factor on the query, K ** -0.5"},
     function_body=_function_body,
+    sizes={"H": "num_heads"},
+    reals=frozenset({"query_scale"}),
 )

@@ -194,6 +194,7 @@ def _int8_experts_body(attributes: Attributes) -> str:
 
 
 _NUM_EXPERTS = {"num_experts": "E", "top_k": "experts per token, k"}
+_EXPERT_SIZES = {"E": "num_experts", "k": "top_k"}
 
 ROUTER = OpSpec(
     name="RingRouter",
@@ -215,6 +216,8 @@ ROUTER = OpSpec(
         "routed_scaling_factor": "factor on the weights",
     },
     function_body=_router_body,
+    sizes=_EXPERT_SIZES,
+    reals=frozenset({"routed_scaling_factor"}),
 )
 
 EXPERTS = OpSpec(
@@ -232,6 +235,7 @@ EXPERTS = OpSpec(
     outputs=(TensorArg(name="output", shape="N D", dtype="float", text="sum of the experts"),),
     attributes=_NUM_EXPERTS,
     function_body=_experts_body,
+    sizes=_EXPERT_SIZES,
 )
 
 INT8_EXPERTS = OpSpec(

@@ -1,7 +1,7 @@
 """What an op contract consists of; every other description of an op is derived from it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["DOMAIN", "Attributes", "OpSpec", "TensorArg"]
 
@@ -19,14 +19,17 @@ class TensorArg:
     Attributes:
         name: as in the graph.
         shape: named dimensions, such as ``"B T H*K"``; the letters are those of docs/ops.md.
-        dtype: ``float`` stands for the activation dtype of the graph (fp32, fp16 or bf16).
+        dtype: ``float`` stands for the activation dtype of the graph (fp32, fp16 or bf16), ``code``
+            for int8 or FP8-E4M3.
         text: one phrase for the documentation.
+        alias: of an output, the input whose buffer it takes over.
     """
 
     name: str
     shape: str
     dtype: str
     text: str
+    alias: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,8 @@ class OpSpec:
             only ops that ONNX Runtime runs.
         references_attributes: the body refers to attributes of the node instead, so that one
             function serves nodes with different values.
+        sizes: letter of a shape to the attribute that gives it.
+        reals: attributes that are real numbers; the others are integers.
     """
 
     name: str
@@ -52,6 +57,8 @@ class OpSpec:
     attributes: Mapping[str, str]
     function_body: Callable[[Attributes], str]
     references_attributes: bool = False
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    reals: frozenset[str] = frozenset()
 
     def function(self, attributes: Attributes) -> str:
         """Return the ONNX text of the model-local function that defines the op.

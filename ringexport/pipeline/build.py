@@ -20,18 +20,25 @@ from ringexport.bundle import (
     ResolvedBuild,
     SourceInfo,
     TargetInfo,
-    TargetIO,
     ToolInfo,
 )
 from ringexport.bundle.files import file_entry
 from ringexport.checkpoint import CheckpointWeights, RingConfig
+from ringexport.engine.target import EngineTarget
 from ringexport.errors import BackendUnavailableError, CheckpointError, OutputError, RingExportError
 from ringexport.ops.decay import DecayIndex, log_decay
 from ringexport.pipeline.calibrated import CalibrationRequest
 from ringexport.pipeline.gate import GateRequest
+from ringexport.pipeline.packed import export_packed, is_packed, max_packed_bytes
 from ringexport.pipeline.quantized import QuantizationPlan, plan_quantization, quantized_weights
 from ringexport.pipeline.request import BuildRequest, resolve, target_directory
-from ringexport.pipeline.target_schemes import max_weight_bytes
+from ringexport.pipeline.target_io import target_io
+from ringexport.pipeline.target_schemes import (
+    check_model,
+    max_engine_bytes,
+    max_weight_bytes,
+)
+from ringexport.pipeline.tensorrt import TensorRtTarget, prepare_tensorrt
 from ringexport.progress import NoProgress, Progress
 from ringexport.quantize.run import estimate as estimate_quantization
 from ringexport.runtime.registry import open_bundle_runner
@@ -128,6 +135,7 @@ def estimate(request: BuildRequest) -> BuildEstimate:
     _check_paths(request)
     with _open_checkpoint(request.checkpoint) as weights:
         plan = _plan(request, resolved, weights)
+        prepare_tensorrt(request, resolved, weights.config)
         work_bytes = 0
         if plan.resolved is not None:
             recipe = plan.resolved.recipe
@@ -176,9 +184,10 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     with weights:
         plan = _plan(request, resolved, weights)
         resolved = replace(resolved, recipe=plan.name)
+        engines = prepare_tensorrt(request, resolved, weights.config)
         size = _bundle_bytes(request, weights, plan)
         with BundleWriter(request.output, expected_bytes=size) as writer:
-            job = _Job(request, resolved, plan, weights, writer)
+            job = _Job(request, resolved, plan, weights, writer, engines)
             complete = _write(job, clock, progress, notes)
     return BuildResult(
         path=request.output,
@@ -198,11 +207,14 @@ class _Job:
     plan: QuantizationPlan
     weights: CheckpointWeights
     writer: BundleWriter
+    engines: dict[str, TensorRtTarget]
 
 
 def _plan(
     request: BuildRequest, resolved: ResolvedBuild, weights: CheckpointWeights
 ) -> QuantizationPlan:
+    for target in filter(is_packed, resolved.targets):
+        check_model(target, weights.config)
     calibration = CalibrationRequest(
         prompts=request.calibration,
         num_samples=request.calibration_samples,
@@ -232,10 +244,13 @@ def _write(job: _Job, clock: _Clock, progress: Progress, notes: list[str]) -> Ma
         targets = {}
         for target in job.resolved.targets:
             with clock.stage("export"):
-                targets[target] = _export(weights, job.resolved, target, writer, progress)
+                targets[target] = _export_target(job, weights, target, progress)
         with clock.stage("digest"):
             source = _source_info(request, job.weights, progress)
         manifest = _manifest(job.resolved, weights.config, source, targets)
+        for engine in job.engines.values():
+            manifest = replace(manifest, versions=manifest.versions | engine.versions())
+            notes += engine.notes()
         manifest = replace(manifest, quantization=quantization)
         notes += quantization.notes if quantization is not None else ()
 
@@ -247,6 +262,17 @@ def _write(job: _Job, clock: _Clock, progress: Progress, notes: list[str]) -> Ma
         complete = writer.commit(manifest, progress=progress, check=check)
         clock.seconds["write"] = time.perf_counter() - start - clock.seconds.get("try", 0.0)
     return complete
+
+
+def _export_target(
+    job: _Job, weights: CheckpointWeights, target: str, progress: Progress
+) -> TargetInfo:
+    decay_index, engine = job.resolved.decay_index, job.engines.get(target)
+    if engine is not None:
+        return engine.export(weights, decay_index, job.writer, progress)
+    if is_packed(target):
+        return export_packed(weights, target, decay_index, job.writer, progress)
+    return _export(weights, job.resolved, target, job.writer, progress)
 
 
 def _check_paths(request: BuildRequest) -> None:
@@ -288,7 +314,15 @@ def _bundle_bytes(request: BuildRequest, weights: CheckpointWeights, plan: Quant
         for name in MODEL_FILES
         if (request.checkpoint / name).is_file()
     )
-    stored = max_weight_bytes(weights.config, plan.schemes) + copied
+    stored = copied
+    for target in plan.targets:
+        if is_packed(target):
+            stored += max_packed_bytes(weights.config, plan.schemes)
+            continue
+        is_engine = EngineTarget.parse(target) is not None
+        # The graph lies beside the engine while that is built.
+        stored += 2 * max_engine_bytes(weights.config) if is_engine else 0
+        stored += 0 if is_engine else max_weight_bytes(weights.config, plan.schemes)
     return stored + stored // 100 + _GRAPH_BYTES
 
 
@@ -335,8 +369,6 @@ def _export(
     form = DecayIndex(resolved.decay_index)
     export_graph(weights, path, decay_index=form, progress=progress)
     progress.finish()
-    config = weights.config
-    cache = ("B", config.num_key_value_heads, "S", config.head_dim)
     return TargetInfo(
         directory=directory,
         files={
@@ -344,17 +376,8 @@ def _export(
             "probe": f"{directory}/probe.onnx",
             "weights": f"{directory}/weights.bin",
         },
-        io=TargetIO(
-            linear_layers=config.linear_layers,
-            softmax_layers=config.softmax_layers,
-            shapes={
-                "past_state": ("B", config.num_attention_heads, config.head_dim, config.head_dim),
-                "past_key": cache,
-                "past_value": cache,
-                "logits": ("B", "L", config.vocab_size),
-            },
-        ),
-        limits={"context_length": config.context_length},
+        io=target_io(weights.config),
+        limits={"context_length": weights.config.context_length},
     )
 
 

@@ -1,13 +1,14 @@
-"""Say what a path is: checkpoint, bundle, safetensors file or ONNX graph."""
+"""Say what a path is: checkpoint, bundle, safetensors file, ONNX graph or engine."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ringexport.bundle import MANIFEST_NAME, EngineBundle, QuantizationInfo
+from ringexport.bundle import MANIFEST_NAME, EngineBundle, QuantizationInfo, TargetInfo
 from ringexport.checkpoint import CheckpointWeights, RingConfig
 from ringexport.checkpoint.safetensors_file import SafetensorsFile
+from ringexport.engine.table import ENGINE_SUFFIX, EngineTable, read_table
 from ringexport.errors import BackendUnavailableError, ConfigError, GraphError
 from ringexport.progress import Progress
 
@@ -34,7 +35,7 @@ class Description:
     """What was found at a path.
 
     Attributes:
-        kind: "checkpoint", "bundle", "safetensors" or "onnx".
+        kind: "checkpoint", "bundle", "safetensors", "onnx" or "engine".
         path: as given.
         facts: name to value, most important first.
         tables: details.
@@ -74,10 +75,12 @@ def describe(path: Path, *, verify: bool = True, progress: Progress | None = Non
         return _describe_safetensors(path)
     if path.is_file() and path.suffix == ".onnx":
         return _describe_onnx(path)
+    if path.is_file() and path.suffix == ENGINE_SUFFIX:
+        return _describe_engine(path)
     what = "does not exist" if not path.exists() else "is nothing that ringexport knows"
     raise ConfigError(
         f"{path} {what}",
-        hint="give a checkpoint or bundle directory, a .safetensors file or an .onnx file",
+        hint="give a checkpoint or bundle directory, a .safetensors, .onnx or .plan file",
     )
 
 
@@ -191,6 +194,7 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress | None) -> 
                 columns=("target", "directory", "bytes", "context tokens"),
                 rows=targets,
             ),
+            *_engine_tables(path, bundle.targets),
             *_scheme_tables(manifest.quantization),
             Table(
                 title="log decay per token",
@@ -201,6 +205,38 @@ def _describe_bundle(path: Path, *, verify: bool, progress: Progress | None) -> 
             Table(title="source", columns=digest_columns, rows=source),
         ),
     )
+
+
+def _engine_tables(path: Path, targets: Mapping[str, TargetInfo]) -> tuple[Table, ...]:
+    """Return the layers of every TensorRT engine of a bundle, counted by kind."""
+    return tuple(
+        _layer_table(read_table(path / target.files["layers"]), f"layers of {name}")
+        for name, target in targets.items()
+        if "layers" in target.files
+    )
+
+
+def _layer_table(found: EngineTable, title: str) -> Table:
+    rows = tuple((kind, count) for kind, count in found.counts.items())
+    return Table(title=title, columns=("layer", "count"), rows=rows)
+
+
+def _describe_engine(path: Path) -> Description:
+    found = read_table(path.with_name("layers.json"))
+    size = path.stat().st_size
+    if size != found.engine_bytes:
+        raise ConfigError(
+            f"the engine {path} has {size} bytes, expected {found.engine_bytes}: it is truncated"
+        )
+    facts: dict[str, object] = {
+        "target": found.target,
+        "bytes": size,
+        "profile": found.profile,
+        "versions": found.versions,
+        "layers": sum(found.counts.values()),
+    }
+    tables = (_layer_table(found, "layers"),)
+    return Description(kind="engine", path=str(path), facts=facts, tables=tables)
 
 
 def _quantization_facts(found: QuantizationInfo | None) -> dict[str, object]:

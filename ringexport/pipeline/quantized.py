@@ -14,7 +14,7 @@ from ringexport.errors import CheckpointError, ConfigError
 from ringexport.ops.schemes import ModuleScheme
 from ringexport.pipeline.calibrated import CalibrationPlan, CalibrationRequest
 from ringexport.pipeline.gate import GateRequest
-from ringexport.pipeline.request import AS_STORED, AUTO, UNQUANTIZED
+from ringexport.pipeline.request import AS_STORED, AUTO, UNQUANTIZED, unquantized_recipe
 from ringexport.pipeline.target_schemes import check_runnable, computation_notes
 from ringexport.pipeline.work import WorkFolder, remove_stale_work, source_state
 from ringexport.progress import NoProgress, Progress
@@ -49,10 +49,12 @@ class QuantizationPlan:
         calibration: where the stats come from; None if none are needed.
         unused_calibration: the user asked for a calibration that nothing needs.
         gate: that the quantized model has to pass, None for none.
+        targets: that have to run it.
     """
 
     name: str
     schemes: Mapping[str, ModuleScheme]
+    targets: tuple[str, ...] = ()
     rows: tuple[SchemeRow, ...] = ()
     resolved: ResolvedRecipe | None = None
     calibration: CalibrationPlan | None = None
@@ -96,8 +98,13 @@ def plan_quantization(
     if config.quantization is not None:
         return _plan_stored(weights, recipe, calibration, targets)
     if recipe == AUTO or recipe in UNQUANTIZED:
-        name = UNQUANTIZED[0] if recipe == AUTO else recipe
-        return QuantizationPlan(name=name, schemes={}, unused_calibration=calibration.is_explicit)
+        name = unquantized_recipe(targets) if recipe == AUTO else recipe
+        return QuantizationPlan(
+            name=name,
+            schemes={},
+            targets=targets,
+            unused_calibration=calibration.is_explicit,
+        )
     resolved = resolve_recipe(load_recipe(recipe), config)
     schemes = {name: entry.scheme for name, entry in resolved.quantized.items()}
     found = resolved.recipe
@@ -106,13 +113,14 @@ def plan_quantization(
             target,
             schemes,
             what=f"the recipe {found.name}",
-            kv_cache=found.kv_cache is not None,
+            kv_cache=None if found.kv_cache is None else found.kv_cache.format,
             state=found.recurrent_state,
         )
     needed = bool(resolved.stats_reasons)
     return QuantizationPlan(
         name=found.name,
         schemes=schemes,
+        targets=targets,
         rows=resolved.rows(),
         resolved=resolved if schemes else None,
         calibration=CalibrationPlan(calibration) if needed else None,
@@ -137,11 +145,12 @@ def _plan_stored(
             target,
             weights.schemes,
             what=f"the checkpoint {weights.path}",
-            kv_cache=stored is not None and stored.kv_cache is not None,
+            kv_cache=stored.kv_cache.format if stored and stored.kv_cache else None,
         )
     return QuantizationPlan(
         name=AS_STORED,
         schemes=weights.schemes,
+        targets=targets,
         rows=_stored_rows(weights.config, weights.schemes),
         unused_calibration=calibration.is_explicit,
     )
@@ -290,7 +299,7 @@ def _info(
         weight_bytes=_weight_bytes(exported),
         saturated={str(name): int(count) for name, count in report["saturated"].items()},
         calibration=None if stats is None else _calibration_info(stats),
-        notes=computation_notes(exported.config, plan.schemes),
+        notes=computation_notes(exported.config, plan.schemes, plan.targets),
     )
 
 
@@ -303,7 +312,7 @@ def _stored_info(plan: QuantizationPlan, weights: CheckpointWeights) -> Quantiza
         schemes=_scheme_infos(plan.rows),
         source_bytes=size,
         weight_bytes=size,
-        notes=computation_notes(weights.config, plan.schemes),
+        notes=computation_notes(weights.config, plan.schemes, plan.targets),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ringexport.engine.target import EngineTarget
 from ringexport.errors import BackendUnavailableError, ConfigError
 from ringexport.ops.decay_index import DecayIndex
 
@@ -23,6 +24,7 @@ __all__ = [
     "BuildRequest",
     "resolve",
     "target_directory",
+    "unquantized_recipe",
 ]
 
 AUTO = "auto"
@@ -48,23 +50,59 @@ RECIPES = {
 }
 """Every recipe of the design and what it means."""
 
-RUNNABLE = {DEFAULT_TARGET: dict.fromkeys((name for name in RECIPES if name != "fp8-all"), "fp32")}
-"""Target to recipe to compute dtype, for all that this version builds."""
+_TENSORRT_DTYPES = dict.fromkeys(
+    (name for name in RECIPES if name not in {"fp32", "fp8-block", "fp8-all"}), "bf16"
+)
 
-_REASONS = {"fp8-all": "its KV cache is fp32"}
+_CUDA_DTYPES = dict.fromkeys(
+    (name for name in RECIPES if name not in {"fp32", "fp8-static", "int8-weight-only"}), "bf16"
+)
+
+RUNNABLE = {
+    DEFAULT_TARGET: dict.fromkeys((name for name in RECIPES if name != "fp8-all"), "fp32"),
+    "tensorrt": _TENSORRT_DTYPES,
+    "tensorrt-rtx": _TENSORRT_DTYPES,
+    "cuda": _CUDA_DTYPES,
+}
+"""Target or family of targets to recipe to compute dtype, for all that this version builds."""
+
+_REASONS = {
+    DEFAULT_TARGET: {"fp8-all": "its KV cache is fp32"},
+    "tensorrt": {
+        "fp32": "its plugins compute in bf16",
+        "fp8-block": "its plugins take scales per row, not per block",
+        "fp8-all": "its KV cache is bf16",
+    },
+    "cuda": {
+        "fp32": "its kernels compute in bf16",
+        "fp8-static": "its kernels quantize inputs per token",
+        "int8-weight-only": "its kernels multiply int8 by int8",
+    },
+}
+_REASONS["tensorrt-rtx"] = _REASONS["tensorrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TargetForm:
-    """A family of targets: how its names look and what it takes to build one."""
+    """A family of targets: how its names look and what it takes to build one.
+
+    Attributes:
+        name: for people.
+        pattern: of the names.
+        missing: what this version lacks to build it, None if it builds it.
+        family: key in `RUNNABLE`.
+    """
 
     name: str
     pattern: str
     missing: str | None
+    family: str = ""
 
 
 TARGET_FORMS = (
-    _TargetForm(name="onnxruntime:cpu", pattern=r"onnxruntime:cpu", missing=None),
+    _TargetForm(
+        name="onnxruntime:cpu", pattern=r"onnxruntime:cpu", missing=None, family=DEFAULT_TARGET
+    ),
     _TargetForm(
         name="onnxruntime:cuda",
         pattern=r"onnxruntime:cuda",
@@ -73,17 +111,15 @@ TARGET_FORMS = (
     _TargetForm(
         name="cuda:sm_{80,86,89,90,100,120}",
         pattern=r"cuda:sm_(80|86|89|90|100|120)",
-        missing="the kernels of plugins/ and their weight packing",
+        missing=None,
+        family="cuda",
     ),
-    _TargetForm(
-        name="tensorrt:sm_..",
-        pattern=r"tensorrt:sm_\d+",
-        missing="TensorRT >= 10.14 with the plugin library",
-    ),
+    _TargetForm(name="tensorrt:sm_..", pattern=r"tensorrt:.*", missing=None, family="tensorrt"),
     _TargetForm(
         name="tensorrt-rtx:sm_{80,86,89,120}",
-        pattern=r"tensorrt-rtx:sm_(80|86|89|120)",
-        missing="TensorRT-RTX with the plugin library",
+        pattern=r"tensorrt-rtx:.*",
+        missing=None,
+        family="tensorrt-rtx",
     ),
 )
 
@@ -104,6 +140,8 @@ class BuildRequest:
         threads: for quantizing; they do not change the result.
         gate: limits such as "ppl=0.5%,kl=0.005,top1=97%"; None for none.
         gate_fallback: leave the worst modules unquantized until the gate is passed.
+        profile: shape ranges of TensorRT engines: the name of a shipped profile or a .toml file.
+        plugin_library: plugins for TensorRT engines, None for the default place.
     """
 
     checkpoint: Path
@@ -117,6 +155,8 @@ class BuildRequest:
     threads: int = 1
     gate: str | None = None
     gate_fallback: bool = False
+    profile: str = "default"
+    plugin_library: Path | None = None
 
 
 def resolve(request: BuildRequest) -> "ResolvedBuild":
@@ -130,13 +170,13 @@ def resolve(request: BuildRequest) -> "ResolvedBuild":
 
     if request.decay_index not in DECAY_INDICES:
         raise _unknown("decay index", request.decay_index, DECAY_INDICES)
-    names = {DEFAULT_TARGET if name == AUTO else name for name in request.targets}
+    names = {_canonical(name) for name in request.targets}
     if not names:
         raise ConfigError("no target was asked for", hint=f"choices: {_target_names()}")
     targets = tuple(sorted(names))
     for target in targets:
-        _check_target(target)
-    recipe = UNQUANTIZED[0] if request.recipe == AUTO else request.recipe
+        _target_form(target)
+    recipe = unquantized_recipe(targets) if request.recipe == AUTO else request.recipe
     dtypes = {_compute_dtype(recipe, target) for target in targets}
     return ResolvedBuild(
         recipe=Path(recipe).stem if recipe.endswith(_FILE_SUFFIX) else recipe,
@@ -151,28 +191,45 @@ def target_directory(target: str) -> str:
     return "targets/" + target.replace(":", "-")
 
 
-def _check_target(target: str) -> None:
+def unquantized_recipe(targets: tuple[str, ...]) -> str:
+    """Return the recipe that changes nothing, in the dtype that all of the targets run."""
+    fp32, bf16 = UNQUANTIZED
+    return fp32 if all(fp32 in RUNNABLE[_target_form(name).family] for name in targets) else bf16
+
+
+def _canonical(name: str) -> str:
+    if name == AUTO:
+        return DEFAULT_TARGET
+    target = EngineTarget.parse(name)
+    return name if target is None else target.name
+
+
+def _target_form(target: str) -> _TargetForm:
     form = next((form for form in TARGET_FORMS if re.fullmatch(form.pattern, target)), None)
     if form is None:
         raise _unknown("target", target, tuple(form.name for form in TARGET_FORMS))
     if form.missing is not None:
+        built = [form.name for form in TARGET_FORMS if form.missing is None]
         raise BackendUnavailableError(
             f"this version cannot build for {target}: it lacks {form.missing}",
-            hint=f"targets that it builds: {', '.join(RUNNABLE)}",
+            hint=f"targets that it builds: {', '.join(built)}",
         )
+    return form
 
 
 def _compute_dtype(recipe: str, target: str) -> str:
+    family = _target_form(target).family
+    runnable = RUNNABLE[family]
     if recipe.endswith(_FILE_SUFFIX):
-        return RUNNABLE[target][UNQUANTIZED[0]]
+        return runnable[UNQUANTIZED[1]]
     if recipe not in RECIPES:
         raise _unknown("recipe", recipe, tuple(RECIPES))
-    dtype = RUNNABLE[target].get(recipe)
+    dtype = runnable.get(recipe)
     if dtype is None:
         raise ConfigError(
             f"the target {target} does not run the recipe {recipe} ({RECIPES[recipe]}): "
-            f"{_REASONS[recipe]}",
-            hint=f"recipes that it runs: {', '.join(RUNNABLE[target])}, or a file of your own",
+            f"{_REASONS[family][recipe]}",
+            hint=f"recipes that it runs: {', '.join(runnable)}, or a file of your own",
         )
     return dtype
 

@@ -1,17 +1,28 @@
 """What a target makes of quantized modules: refusals with alternatives, and honest notes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ringexport.checkpoint import RingConfig
+from ringexport.engine.target import EngineTarget
 from ringexport.errors import ConfigError
+from ringexport.ops.plugin_ops import experts_fit_plugin, projection_fits_plugin
 from ringexport.ops.projection import int8_block_size
 from ringexport.ops.quantization import GranularityKind, NumberFormat
 from ringexport.ops.schemes import ActivationMode, ActivationScheme, ModuleScheme, StateFormat
+from ringexport.pipeline.packed import check_packed, is_packed
 from ringexport.quantize.modules import quantizable_modules
 
-__all__ = ["check_runnable", "computation_notes", "max_weight_bytes"]
+__all__ = [
+    "check_model",
+    "check_runnable",
+    "computation_notes",
+    "max_engine_bytes",
+    "max_weight_bytes",
+]
 
 _PER_ROW = frozenset({GranularityKind.TENSOR, GranularityKind.CHANNEL})
+_HEAD_DIMS = (64, 128)
+_ENGINE_BYTES_PER_LAYER = 8 << 20
 _PLAIN_BYTES = 4
 _INT8_BYTES, _FP8_BYTES = 1.3, 1.05  # codes and their scales, per element
 
@@ -21,24 +32,29 @@ def check_runnable(
     schemes: Mapping[str, ModuleScheme],
     *,
     what: str,
-    kv_cache: bool,
+    kv_cache: NumberFormat | None,
     state: StateFormat = StateFormat.FP32,
 ) -> None:
-    """Refuse what the graph of a target cannot express.
+    """Refuse what a target cannot run.
 
     Args:
         target: name.
         schemes: of the quantized modules.
         what: is to be built, for the message.
-        kv_cache: whether the KV cache is to be quantized.
+        kv_cache: format of the KV cache, None where it is not to be quantized.
         state: format of the recurrent state.
 
     Raises:
         ConfigError: names what the target lacks, and the alternatives.
     """
-    if kv_cache:
+    if is_packed(target):
+        check_packed(target, schemes, what=what, kv_cache=kv_cache, state=state)
+        return
+    is_tensorrt = EngineTarget.parse(target) is not None
+    cache = "bf16" if is_tensorrt else "fp32"
+    if kv_cache is not None:
         raise ConfigError(
-            f"{what} has an 8-bit KV cache, and that of the target {target} is fp32",
+            f"{what} has an 8-bit KV cache, and that of the target {target} is {cache}",
             hint="use the recipe fp8, or a recipe file with base = 'fp8-all' and kv_cache = 'none'",
         )
     if state is not StateFormat.FP32:
@@ -47,6 +63,8 @@ def check_runnable(
             hint="leave out recurrent_state; ringexport eval measures its drift on a checkpoint",
         )
     for name, scheme in schemes.items():
+        if is_tensorrt:
+            _check_tensorrt(target, name, scheme, what)
         inputs = scheme.activations
         if (
             inputs is not None
@@ -60,8 +78,63 @@ def check_runnable(
             )
 
 
-def computation_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> tuple[str, ...]:
-    """Say how onnxruntime:cpu computes these modules, where it is not what the scheme says."""
+def _check_tensorrt(target: str, name: str, scheme: ModuleScheme, what: str) -> None:
+    """Refuse a module that neither the plugins nor TensorRT's own layers run."""
+    if scheme.weights is not None and scheme.weights.granularity.kind not in _PER_ROW:
+        raise ConfigError(
+            f"{what} quantizes the weights of {name} per {scheme.weights.granularity}, and the"
+            f" target {target} takes scales per channel",
+            hint="use the recipe fp8, fp8-static or int8",
+        )
+    if scheme.activations is not None and scheme.activations.granularity.kind not in {
+        GranularityKind.TENSOR,
+        GranularityKind.TOKEN,
+    }:
+        raise ConfigError(
+            f"{what} quantizes the input of {name} per {scheme.activations.granularity}, and the"
+            f" target {target} takes scales per token",
+            hint="use activations per token, or static ones per tensor",
+        )
+
+
+def computation_notes(
+    config: RingConfig, schemes: Mapping[str, ModuleScheme], targets: Iterable[str]
+) -> tuple[str, ...]:
+    """Say how the targets compute these modules, where it is not what the scheme says."""
+    families = {
+        EngineTarget.parse(target) is not None for target in targets if not is_packed(target)
+    }
+    notes: tuple[str, ...] = ()
+    if False in families:
+        notes += _onnxruntime_notes(config, schemes)
+    if True in families:
+        notes += _tensorrt_notes(config, schemes)
+    return notes
+
+
+def _tensorrt_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> tuple[str, ...]:
+    experts = plain = 0
+    for module in quantizable_modules(config):
+        scheme = schemes.get(module.name, ModuleScheme())
+        if scheme.weights is None:
+            continue
+        inputs = scheme.activations
+        dynamic = inputs is not None and inputs.mode is ActivationMode.DYNAMIC
+        if ".mlp.experts." in module.name:
+            experts += not dynamic
+        elif dynamic:
+            plain += not projection_fits_plugin(module.shape[1], module.shape[0])
+    notes = []
+    if experts:
+        notes.append(f"TensorRT: inputs of {experts} matrices of experts are quantized per token")
+    if plain:
+        notes.append(
+            f"TensorRT: inputs of {plain} modules are not quantized, their sizes fit no kernel"
+        )
+    return tuple(notes)
+
+
+def _onnxruntime_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> tuple[str, ...]:
     int8, folded, rounded, experts = 0, 0, 0, 0
     for module in quantizable_modules(config):
         scheme = schemes.get(module.name, ModuleScheme())
@@ -87,6 +160,34 @@ def computation_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -
     if folded:
         notes.append(f"{folded} modules: quantized weights are stored dequantized, in fp32")
     return tuple(notes)
+
+
+def check_model(target: str, config: RingConfig) -> None:
+    """Refuse a model whose sizes the kernels of plugins/ do not take, for targets that use them.
+
+    Raises:
+        ConfigError: names the size and what it could be.
+    """
+    if EngineTarget.parse(target) is None and not is_packed(target):
+        return
+    problem = None
+    if config.head_dim not in _HEAD_DIMS:
+        problem = f"head_dim {config.head_dim}, expected {' or '.join(map(str, _HEAD_DIMS))}"
+    elif not experts_fit_plugin(config.hidden_size, config.moe_intermediate_size):
+        problem = (
+            f"hidden_size {config.hidden_size} and moe_intermediate_size"
+            f" {config.moe_intermediate_size}, expected multiples of 128 and 32"
+        )
+    if problem is not None:
+        raise ConfigError(
+            f"the target {target} has no kernels for {problem}",
+            hint="build such a model for onnxruntime:cpu",
+        )
+
+
+def max_engine_bytes(config: RingConfig) -> int:
+    """Return what an engine takes at most: weights in bf16, and code for every layer."""
+    return 2 * config.num_parameters + _ENGINE_BYTES_PER_LAYER * (config.num_hidden_layers + 2)
 
 
 def max_weight_bytes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> int:

@@ -131,7 +131,7 @@ class ChatTemplate:
         if not messages:
             raise ConfigError("a chat needs at least one message")
         for index, message in enumerate(messages):
-            if not isinstance(message.get("role"), str):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ConfigError(
                     f"message {index} has no role", hint='use {"role": "user", "content": "..."}'
                 )

@@ -58,6 +58,7 @@ class GenerationResult:
         new_tokens: number of chosen tokens.
         timings: how long it took.
         logprobs: one entry per chosen token if SamplingParams.logprobs asked for them.
+        cached_tokens: how many of the prompt's tokens came from a prefix cache.
     """
 
     text: str
@@ -68,6 +69,7 @@ class GenerationResult:
     new_tokens: int
     timings: Timings
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    cached_tokens: int = 0
 
 
 class Row:
@@ -79,6 +81,13 @@ class Row:
         tokenizer: for text and stop ids.
         vocab_size: width of the logits.
         history: ids that the state has already seen, for the repetition penalty.
+
+    Attributes:
+        prompt, params: as given.
+        token_ids: the chosen tokens.
+        logprobs: of the chosen tokens, if the params ask for them.
+        stop_reason: None while the row goes on.
+        cached_tokens: of the prompt, if whoever feeds it has a prefix cache.
 
     Raises:
         ConfigError: the prompt is empty.
@@ -99,13 +108,14 @@ class Row:
         self.params = params
         self.token_ids: list[int] = []
         self.stop_reason: StopReason | None = None
+        self.cached_tokens = 0
         self._stop_ids = frozenset() if params.ignore_eos else tokenizer.stop_ids
         seen = [token for token in (*history, *prompt) if 0 <= token < vocab_size]
         self._sampler = Sampler(params, vocab_size, seen)
         self._decoder = tokenizer.decoder(skip_special_tokens=params.skip_special_tokens)
         self._matcher = StopMatcher(params.stop)
         self._parts: list[str] = []
-        self._logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[TokenLogprobs] = []
         self._started = self._first = self._last = time.perf_counter()
 
     def start(self) -> None:
@@ -120,7 +130,7 @@ class Row:
             self._first = self._last
         self.token_ids.append(token)
         if self.params.logprobs is not None:
-            self._logprobs.append(token_logprobs(logits, token, self.params.logprobs))
+            self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
         if token in self._stop_ids:
             return self.finish("stop_token")
         piece = self._shown(self._decoder.feed(token))
@@ -152,7 +162,8 @@ class Row:
                 prefill_tokens_per_second=len(self.prompt) / first if first > 0 else 0.0,
                 tokens_per_second=(count - 1) / decode if count > 1 and decode > 0 else 0.0,
             ),
-            logprobs=None if self.params.logprobs is None else tuple(self._logprobs),
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            cached_tokens=self.cached_tokens,
         )
 
     def _shown(self, text: str) -> str:

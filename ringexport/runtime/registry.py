@@ -52,6 +52,9 @@ class RunnerOptions:
         decay_index: form of the decay for a checkpoint; a bundle knows its own.
         device: of the torch backend.
         dtype: of the torch backend.
+        kernel_library: of the cuda backend, None for the default place.
+        max_batch: sequences that the cuda backend plans memory for.
+        max_context: tokens of each, None for the model's context.
     """
 
     threads: int | None = None
@@ -61,6 +64,9 @@ class RunnerOptions:
     decay_index: DecayIndex = DecayIndex.SERVING
     device: str = "cpu"
     dtype: str = "float32"
+    kernel_library: Path | None = None
+    max_batch: int = 16
+    max_context: int | None = None
 
 
 def available_backends() -> tuple[BackendInfo, ...]:
@@ -97,8 +103,19 @@ def open_bundle_runner(
     if backend == "torch":
         _require(_known_backend(backend))
         return _torch_from_bundle(bundle, options)
-    name = _choose_target(bundle, backend)
+    name = _choose_target(bundle, backend, options)
     target = bundle.targets[name]
+    if _is_packed(name):
+        return _open_packed(bundle, name, options)
+    if _is_engine(name):
+        from ringexport.runtime.backends.trt import open_engine  # noqa: PLC0415 - on demand
+
+        return open_engine(
+            bundle.directory / target.directory,
+            name,
+            target.limits,
+            partial(_bundle_digest, bundle),
+        )
     from ringexport.runtime.backends.ort import OrtOptions, OrtRunner  # noqa: PLC0415 - on demand
 
     return OrtRunner(
@@ -185,8 +202,61 @@ def _torch_from_bundle(bundle: EngineBundle, options: RunnerOptions) -> Runner:
     return _torch_runner(checkpoint, options, decay_index, partial(_bundle_digest, bundle))
 
 
-def _known_backend(name: str) -> BackendInfo:
-    backends = {info.name: info for info in available_backends()}
+def _is_engine(name: str) -> bool:
+    return name.startswith(("tensorrt:", "tensorrt-rtx:"))
+
+
+def _is_packed(name: str) -> bool:
+    return name.startswith("cuda:")
+
+
+def _open_packed(bundle: EngineBundle, name: str, options: RunnerOptions) -> Runner:
+    from ringexport.runtime.backends.cuda import open as cuda  # noqa: PLC0415 - on demand
+
+    return cuda.open_packed(
+        bundle.directory / bundle.targets[name].directory,
+        bundle.directory / "model" / "config.json",
+        library=options.kernel_library,
+        model_digest=partial(_bundle_digest, bundle),
+        options=cuda.CudaOptions(
+            max_batch=options.max_batch,
+            max_context=options.max_context,
+            prefill_chunk=options.prefill_chunk,
+        ),
+    )
+
+
+def _engines(bundle: EngineBundle, options: RunnerOptions) -> tuple[BackendInfo, ...]:
+    """Return the GPU targets of a bundle; each is a backend of its own."""
+    infos = []
+    for name in bundle.targets:
+        found: tuple[str, str | None] | None = None
+        if _is_engine(name):
+            from ringexport.runtime.backends import trt  # noqa: PLC0415 - on demand
+
+            found = trt.why_not_here(name)
+        elif _is_packed(name):
+            found = _why_not_packed(name, options)
+        else:
+            continue
+        missing, hint = found or (None, None)
+        infos.append(BackendInfo(name=name, missing=missing, hint=hint))
+    return tuple(infos)
+
+
+def _why_not_packed(name: str, options: RunnerOptions) -> tuple[str, str | None] | None:
+    try:
+        from ringexport.runtime.backends.cuda import open as cuda  # noqa: PLC0415 - on demand
+    except BackendUnavailableError as error:
+        return error.message, error.hint
+    return cuda.why_not_here(name, options.kernel_library)
+
+
+def _known_backend(
+    name: str, bundle: EngineBundle | None = None, options: RunnerOptions | None = None
+) -> BackendInfo:
+    engines = () if bundle is None else _engines(bundle, options or RunnerOptions())
+    backends = {info.name: info for info in (*engines, *available_backends())}
     if name not in backends:
         raise BackendUnavailableError(
             f"there is no backend {name!r}", hint=f"choose auto, {', '.join(backends)}"
@@ -201,10 +271,10 @@ def _require(info: BackendInfo) -> None:
         )
 
 
-def _choose_target(bundle: EngineBundle, backend: str) -> str:
+def _choose_target(bundle: EngineBundle, backend: str, options: RunnerOptions) -> str:
     """Return the target to run; backends other than torch are named like targets."""
     if backend != "auto":
-        info = _known_backend(backend)
+        info = _known_backend(backend, bundle, options)
         if backend not in bundle.targets:
             runnable = [one.name for one in available_backends() if one.name in bundle.targets]
             raise BackendUnavailableError(
@@ -214,10 +284,11 @@ def _choose_target(bundle: EngineBundle, backend: str) -> str:
             )
         _require(info)
         return backend
-    for info in available_backends():
+    backends = (*_engines(bundle, options), *available_backends())
+    for info in backends:
         if info.name in bundle.targets and info.missing is None:
             return info.name
-    known = {info.name: info.missing for info in available_backends()}
+    known = {info.name: info.missing for info in backends}
     reasons = [
         f"{name}: {known.get(name, 'this version has no backend for it')}"
         for name in bundle.targets

@@ -3,7 +3,7 @@
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,9 @@ class Runner(Protocol):
     ) -> Logits:
         """Feed many tokens; see `BaseRunner.prefill`."""
 
-    def decode(self, tokens: npt.ArrayLike, state: DecodeState) -> Logits:
+    def decode(
+        self, tokens: npt.ArrayLike, state: DecodeState, *, rows: Sequence[int] | None = None
+    ) -> Logits:
         """Feed one token per row; see `BaseRunner.decode`."""
 
     def close(self) -> None:
@@ -219,28 +221,37 @@ class BaseRunner(ABC, Generic[StateT]):
                 result[part > 0] = logits[part > 0]
         return result
 
-    def decode(self, tokens: npt.ArrayLike, state: DecodeState) -> Logits:
-        """Feed one token to every row and return the logits after it.
+    def decode(
+        self, tokens: npt.ArrayLike, state: DecodeState, *, rows: Sequence[int] | None = None
+    ) -> Logits:
+        """Feed one token to each row and return the logits after it.
 
         Args:
-            tokens: [B] integers.
+            tokens: [B] integers, or one for each of `rows`.
             state: made by this runner; advanced in place.
+            rows: feed only these rows of the state; the others do not change. Neighbours in
+                ascending order are the fastest.
 
         Returns:
-            [B, vocab] fp32.
+            [B, vocab] fp32, or [len(rows), vocab].
 
         Raises:
-            ShapeError, ContextLengthError: as for `prefill`.
+            ShapeError, ContextLengthError: as for `prefill`; also a row that comes twice.
         """
         own = self._check_state(state)
         ids = _integers("tokens", tokens, 1)
-        self._check_batch(ids, own)
-        if int(own.position.max()) >= self._spec.context_length:
-            self._check_context(own, np.ones_like(own.position))
+        if rows is None:
+            self._check_batch(ids, own)
+        chosen = self._check_rows(rows, ids, own)
+        position = own.position if chosen is None else own.position[chosen]
+        if int(position.max()) >= self._spec.context_length:
+            sizes = np.zeros_like(own.position)
+            sizes[slice(None) if chosen is None else chosen] = 1
+            self._check_context(own, sizes)
         if ids.min() < 0 or ids.max() >= self._spec.vocab_size:
-            self._check_ids(ids[:, None], np.ones_like(own.position))
+            self._check_ids(ids[:, None], np.ones_like(ids))
         with memory_guard(f"the state of {len(ids):,} row(s)"):
-            return self._decode(ids, own)
+            return self._decode(ids, own) if chosen is None else self._decode_rows(ids, own, chosen)
 
     def close(self) -> None:
         """Give everything back; later calls fail, a second close does nothing."""
@@ -277,6 +288,13 @@ class BaseRunner(ABC, Generic[StateT]):
     def _decode(self, tokens: Tokens, state: StateT) -> Logits:
         """Feed checked tokens [B] to all rows."""
 
+    def _decode_rows(self, tokens: Tokens, state: StateT, rows: list[int]) -> Logits:
+        """Feed checked tokens to some rows; a backend that can do so in place overrides this."""
+        part = state.fork(rows)
+        logits = self._decode(tokens, part)
+        state.restore_rows(rows, part.snapshot())
+        return logits
+
     @abstractmethod
     def _close(self) -> None:
         """Give back what the backend holds."""
@@ -309,6 +327,20 @@ class BaseRunner(ABC, Generic[StateT]):
     def _check_batch(self, ids: Tokens, state: StateT) -> None:
         if len(ids) != state.batch:
             raise ShapeError(f"tokens have {len(ids)} rows, the state has {state.batch}")
+
+    def _check_rows(
+        self, rows: Sequence[int] | None, ids: Tokens, state: StateT
+    ) -> list[int] | None:
+        """Check what `decode` is given; None means all rows in their order."""
+        if rows is None:
+            return None
+        chosen = [int(row) for row in rows]
+        if len(ids) != len(chosen) or len(set(chosen)) != len(chosen) or not chosen:
+            raise ShapeError(f"{len(ids)} tokens were given for the rows {chosen}")
+        for row in chosen:
+            if not 0 <= row < state.batch:
+                raise ShapeError(f"row {row} of a state with {state.batch} rows does not exist")
+        return None if chosen == list(range(state.batch)) else chosen
 
     def _check_lengths(self, lengths: npt.ArrayLike | None, ids: Tokens) -> Tokens:
         batch, width = ids.shape

@@ -1,8 +1,9 @@
 """Choosing the next token from logits: parameters, and a sampler with its own seeded generator.
 
 The order is fixed: repetition penalty, temperature, top-k, top-p, min-p. Each filter works on
-what the one before it left. Probabilities are float64, and each token takes one uniform number
-from the row's own generator, so a row's text does not depend on the other rows of a batch.
+what the one before it left. Weights are float32 and their sums float64; a vocabulary has 150,000
+ids. Each token takes one uniform number from the row's own generator, so a row's text does not
+depend on the other rows of a batch.
 """
 
 import math
@@ -20,6 +21,7 @@ __all__ = ["Sampler", "SamplingParams", "TokenLogprobs", "token_logprobs"]
 MAX_LOGPROBS = 100
 MAX_FLOAT = sys.float_info.max
 PENALTY_RANGE = (0.01, 100.0)
+BLOCK = 512
 INTEGERS = ("max_new_tokens", "top_k", "seed", "logprobs")
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 FLAGS = ("ignore_eos", "skip_special_tokens")
@@ -140,14 +142,14 @@ class Sampler:
         Raises:
             RingExportError: the logits hold NaN, +inf, or nothing finite.
         """
-        if not math.isfinite(float(logits.max())):
+        values = self._penalized(logits)
+        best = int(values.argmax())  # of NaN too, if there is one
+        if not math.isfinite(values[best]):
             raise RingExportError(
-                f"the largest logit is {logits.max()}, expected a finite number",
+                f"the largest logit is {values[best]}, expected a finite number",
                 hint="the weights or the state are damaged; compare the bundle with the reference",
             )
-        values = self._penalized(logits)
-        greedy = self._params.temperature == 0
-        token = int(values.argmax()) if greedy else self._draw(values)
+        token = best if self._params.temperature == 0 else self._draw(values)
         if self._seen is not None:
             self._seen[token] = True
         return token
@@ -163,21 +165,16 @@ class Sampler:
 
     def _draw(self, values: npt.NDArray[np.floating]) -> int:
         params = self._params
-        ids = np.arange(len(values)) if params.top_k == 0 else _top_ids(values, params.top_k)
-        probabilities = _softmax(values[ids].astype(np.float64), params.temperature)
+        ids = None if params.top_k == 0 else _top_ids(values, params.top_k)
+        weights = _weights(values if ids is None else values[ids], params.temperature)
         if params.top_p < 1:
-            order = np.argsort(-probabilities, kind="stable")
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            kept = np.sort(order[before < params.top_p])
-            ids, probabilities = ids[kept], probabilities[kept]
+            kept = _nucleus(weights, params.top_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
         if params.min_p > 0:
-            likely = probabilities >= params.min_p * probabilities.max()
-            ids, probabilities = ids[likely], probabilities[likely]
-        edges = np.cumsum(probabilities)
-        drawn = np.searchsorted(edges, self._rng.random() * edges[-1], side="right")
-        # The last edge can round below the drawn number, and tokens of probability 0 share edges.
-        last = int(np.flatnonzero(probabilities)[-1])
-        return int(ids[min(int(drawn), last)])
+            kept = np.flatnonzero(weights >= params.min_p * weights.max())
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
+        place = _place(weights, self._rng.random())
+        return place if ids is None else int(ids[place])
 
 
 def _top_ids(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:
@@ -190,12 +187,48 @@ def _top_ids(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int
     return np.sort(np.concatenate([above, tied]))
 
 
-def _softmax(values: npt.NDArray[np.float64], temperature: float) -> npt.NDArray[np.float64]:
-    """Return probabilities at a temperature above 0, however small."""
+def _weights(values: npt.NDArray[np.floating], temperature: float) -> npt.NDArray[np.float32]:
+    """Return probabilities up to a factor, the largest 1; temperatures above 0, however small."""
+    limits = np.finfo(np.float32)
+    divisor = np.float32(min(max(temperature, float(limits.tiny)), float(limits.max)))
     with np.errstate(over="ignore", under="ignore"):  # -> 0, which is what is meant
-        powers = np.exp((values - values.max()) / temperature)
-    probabilities: npt.NDArray[np.float64] = powers / powers.sum()
-    return probabilities
+        weights: npt.NDArray[np.float32] = (values - values.max()).astype(np.float32, copy=False)
+        weights /= divisor
+        return np.exp(weights, out=weights)
+
+
+def _place(weights: npt.NDArray[np.float32], part: float) -> int:
+    """Return the index whose share of the sum holds `part`, from 0 up to 1.
+
+    Of the sums up to each index only those of one block are computed.
+    """
+    starts = np.arange(0, len(weights), BLOCK)
+    edges = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    rest = part * edges[-1]
+    block = _first_above(edges, rest)
+    start = block * BLOCK
+    inside = np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
+    return start + _first_above(inside, rest - (edges[block - 1] if block else 0.0))
+
+
+def _first_above(edges: npt.NDArray[np.float64], value: float) -> int:
+    """Return the first index whose edge is above `value`; after rounding, the last that rises."""
+    found = int(np.searchsorted(edges, value, side="right"))
+    return found if found < len(edges) else int(np.searchsorted(edges, edges[-1], side="left"))
+
+
+def _nucleus(weights: npt.NDArray[np.float32], top_p: float) -> npt.NDArray[np.int64]:
+    """Return the indices, ascending, of the fewest largest weights that reach a part of the sum.
+
+    Weights below an equal share of the rest reach less than the rest even together, so that only
+    those above it need to be sorted.
+    """
+    total = float(weights.sum(dtype=np.float64))
+    share = np.float32(total * (1 - top_p) / len(weights) * (1 - 1e-6))
+    likely = np.flatnonzero(weights >= share)
+    order = likely[np.argsort(-weights[likely], kind="stable")]
+    before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
+    return np.sort(order[before < top_p * total])
 
 
 def token_logprobs(logits: npt.NDArray[np.float32], token: int, count: int) -> TokenLogprobs:

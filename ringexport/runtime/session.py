@@ -177,6 +177,29 @@ class Engine:
         """Return a session without any text yet."""
         return Session(self)
 
+    def fork(self, session: "Session") -> "Session":
+        """Return an independent session that continues from where `session` is."""
+        return session.fork()
+
+    def save_state(self, session: "Session", path: Path | str) -> None:
+        """Write a session to a file: its state, tokens and messages.
+
+        Raises:
+            OutputError: it cannot be written; an existing file is untouched.
+        """
+        session.save_state(path)
+
+    def load_state(self, path: Path | str) -> "Session":
+        """Return the session in a file that `save_state` wrote.
+
+        Raises:
+            BundleError: the file cannot be read, is damaged, or holds no session.
+            VersionError, DigestError: it is of a newer format, or of another model.
+        """
+        session = self.session()
+        session.load_state(path)
+        return session
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt; see `generate` for what it can be.
 

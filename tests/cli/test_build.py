@@ -104,10 +104,14 @@ def test_resolve_gives_one_hashable_value() -> None:
         (["--recipe", "fp9"], 3, ["unknown recipe 'fp9'", "did you mean fp8?", "int8"]),
         (["--target", "onnxruntime:cup"], 3, ["unknown target", "did you mean onnxruntime:cpu?"]),
         (["--target", "onnxruntime:cuda"], 4, ["it lacks", "targets that it builds"]),
-        (["--target", "cuda:sm_90"], 4, ["the kernels of plugins/"]),
+        (["--target", "cuda:sm_90"], 3, ["no kernels for head_dim 16", "64 or 128"]),
+        (["--target", "cuda:sm_90", "--recipe", "fp8-static"], 3, ["quantize inputs per token"]),
         (["--target", "cuda:sm_91"], 3, ["unknown target 'cuda:sm_91'"]),
-        (["--target", "tensorrt:sm_90"], 4, ["TensorRT >= 10.14"]),
-        (["--target", "tensorrt-rtx:sm_120"], 4, ["TensorRT-RTX"]),
+        (["--target", "tensorrt:sm_90"], 3, ["no kernels for head_dim 16", "64 or 128"]),
+        (["--target", "tensorrt:sm_90+sm_100"], 3, ["is for one architecture"]),
+        (["--target", "tensorrt-rtx:sm_90"], 3, ["do not run on sm_90", "sm_120"]),
+        (["--target", "tensorrt-rtx:sm_89", "--recipe", "fp32"], 3, ["compute in bf16"]),
+        (["--target", "tensorrt-rtx:sm_89", "--profile", "fast"], 3, ["unknown engine profile"]),
     ],
 )
 def test_requests_that_are_refused(

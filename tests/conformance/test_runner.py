@@ -298,7 +298,7 @@ def test_bad_decode_is_refused(runner: Runner, tokens: list[object], message: st
 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_a_batch_needs_rows(runner: Runner, batch: int) -> None:
-    with pytest.raises(ShapeError, match="at least 1"):
+    with pytest.raises(ShapeError, match=r"at least 1|expected 1 to"):
         runner.new_state(batch)
 
 

@@ -249,6 +249,18 @@ def test_session_continues_its_text(engine: Engine) -> None:
     assert session.tokens == [*ids, *second.token_ids[:-1]]
 
 
+def test_engine_keeps_sessions(engine: Engine, tmp_path: Path) -> None:
+    session = engine.session()
+    session.generate("the rain", SHORT)
+    engine.save_state(session, tmp_path / "state")
+    fork, loaded = engine.fork(session), engine.load_state(tmp_path / "state")
+    found = [one.generate(" fell", RANDOM).text for one in (session, fork, loaded)]
+    assert found[0] == found[1] == found[2]
+    assert loaded.tokens == fork.tokens == session.tokens
+    with pytest.raises(BundleError, match="cannot be read"):
+        engine.load_state(tmp_path / "missing")
+
+
 def test_session_forks_and_files(engine: Engine, tmp_path: Path) -> None:
     session = engine.session()
     session.generate("the rain", SHORT)

@@ -33,7 +33,7 @@ from ringexport.runtime.runner import (
     Tokens,
     memory_guard,
 )
-from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot, zero_unused
+from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot
 
 try:
     onnxruntime = import_onnxruntime()
@@ -105,7 +105,7 @@ class OrtState(BaseState):
     Attributes:
         recurrent: layer -> [B, H, K, V].
         kv_cache: layer -> (key, value), each [B, Hkv, S, D] with S >= max(position).
-        decode_call: what a decode step binds; dropped when the cache moves.
+        decode_call: what the last decode step bound; dropped when the cache moves.
     """
 
     def __init__(self, owner: "OrtRunner", batch: int) -> None:
@@ -149,46 +149,55 @@ class OrtState(BaseState):
         capacity = max(self.capacity, 1)
         while capacity < tokens:
             capacity *= 2
-        self.capacity = min(capacity, self.context_length)
+        capacity = min(capacity, self.context_length)
         self.decode_call = None
-        used = int(self.position.max())
-        for layer, pair in self.kv_cache.items():
-            self.kv_cache[layer] = (
-                _grown(pair[0], used, self.capacity),
-                _grown(pair[1], used, self.capacity),
-            )
+        for layer, (key, value) in self.kv_cache.items():
+            self.kv_cache[layer] = (self._grown(key, capacity), self._grown(value, capacity))
+        self.capacity = capacity  # at the end: if memory runs out, no layer has less than it
 
-    def snapshot(self) -> StateSnapshot:
-        """Copy the content."""
-        used = int(self.position.max())
+    def _grown(self, array: Array, capacity: int) -> Array:
+        """Return a larger cache, whose unused memory is never touched."""
+        batch, heads, _, size = array.shape
+        larger = np.zeros((batch, heads, capacity, size), dtype=array.dtype)
+        for row, used in enumerate(self.position):
+            larger[row, :, :used] = array[row, :, :used]
+        return larger
+
+    def _read_rows(self, rows: list[int], tokens: slice) -> dict[str, Array]:
         tensors: dict[str, Array] = {
-            f"recurrent_state.{layer}": array.copy() for layer, array in self.recurrent.items()
+            f"recurrent_state.{layer}": array[rows] for layer, array in self.recurrent.items()
         }
         for layer, pair in self.kv_cache.items():
             for part, array in zip(("key", "value"), pair, strict=True):
-                copied = array[:, :, :used].copy()
-                tensors[f"kv_cache.{layer}.{part}"] = zero_unused(copied, self.position)
-        return StateSnapshot(position=self.position.copy(), tensors=tensors)
+                tensors[f"kv_cache.{layer}.{part}"] = array[rows, :, tokens]
+        return tensors
 
-    def _restore(self, snapshot: StateSnapshot) -> None:
+    def _write_rows(self, rows: list[int], snapshot: StateSnapshot) -> None:
         used = int(snapshot.position.max())
         self.reserve(used)
         for layer, array in self.recurrent.items():
-            array[...] = snapshot.tensors[f"recurrent_state.{layer}"]
+            array[rows] = snapshot.tensors[f"recurrent_state.{layer}"]
         for layer, pair in self.kv_cache.items():
             for part, array in zip(("key", "value"), pair, strict=True):
-                array[:, :, :used] = snapshot.tensors[f"kv_cache.{layer}.{part}"]
+                array[rows, :, :used] = snapshot.tensors[f"kv_cache.{layer}.{part}"]
+
+    def _copy_rows(self, rows: list[int], source: "OrtState", source_rows: list[int]) -> None:
+        used = source.position[source_rows]
+        self.reserve(int(used.max()))
+        for row, origin, tokens in zip(rows, source_rows, used, strict=True):
+            for layer, array in self.recurrent.items():
+                array[row] = source.recurrent[layer][origin]
+            for layer, pair in self.kv_cache.items():
+                for mine, theirs in zip(pair, source.kv_cache[layer], strict=True):
+                    mine[row, :, :tokens] = theirs[origin, :, :tokens]
+
+    def _clear_rows(self, rows: list[int]) -> None:
+        for array in self.recurrent.values():
+            array[rows] = 0
 
     def _fork(self, rows: list[int]) -> "OrtState":
         other = OrtState(self._owner, len(rows))
-        used = int(self.position[rows].max())
-        other.reserve(used)
-        other.position[:] = self.position[rows]
-        for layer, array in self.recurrent.items():
-            np.take(array, rows, axis=0, out=other.recurrent[layer])
-        for layer, pair in self.kv_cache.items():
-            for old, new in zip(pair, other.kv_cache[layer], strict=True):
-                new[:, :, :used] = old[rows, :, :used]
+        other.copy_rows(range(len(rows)), self, rows)
         return other
 
 
@@ -196,6 +205,7 @@ class OrtState(BaseState):
 class _DecodeCall:
     """A decode step of one state, bound once: only tokens and positions change."""
 
+    rows: slice
     binding: Binding
     tokens: npt.NDArray[np.int64]
     position: npt.NDArray[np.int32]
@@ -312,16 +322,24 @@ class OrtRunner(BaseRunner[OrtState]):
         return result[:, 0]
 
     def _decode(self, tokens: Tokens, state: OrtState) -> Logits:
-        state.reserve(int(state.position.max()) + 1)
+        return self._decode_slice(tokens, state, slice(0, state.batch))
+
+    def _decode_rows(self, tokens: Tokens, state: OrtState, rows: list[int]) -> Logits:
+        if rows != list(range(rows[0], rows[0] + len(rows))):
+            return super()._decode_rows(tokens, state, rows)
+        return self._decode_slice(tokens, state, slice(rows[0], rows[0] + len(rows)))
+
+    def _decode_slice(self, tokens: Tokens, state: OrtState, rows: slice) -> Logits:
+        state.reserve(int(state.position[rows].max()) + 1)
         call = state.decode_call
-        if call is None:
-            index = np.zeros((state.batch, 1), dtype=np.int64)
-            call = self._bind(self._session, state, slice(0, state.batch), tokens[:, None], index)
+        if call is None or call.rows != rows:
+            index = np.zeros((len(tokens), 1), dtype=np.int64)
+            call = self._bind(self._session, state, rows, tokens[:, None], index)
             state.decode_call = call
         call.tokens[:, 0] = tokens
-        call.position[:] = state.position
+        call.position[:] = state.position[rows]
         _run(self._session, call.binding)
-        state.position += 1
+        state.position[rows] += 1
         return call.logits[:, 0].copy()
 
     def _bind(
@@ -350,9 +368,11 @@ class OrtRunner(BaseRunner[OrtState]):
         _bind_output(binding, "logits", logits)
         for name, array in state.arrays():
             kind, layer = name.split(".")
-            _bind_input(binding, name, array[rows])
-            _bind_output(binding, f"{STATE_TENSORS[kind]}.{layer}", array[rows])
+            part = array[rows]
+            _bind_input(binding, name, part)
+            _bind_output(binding, f"{STATE_TENSORS[kind]}.{layer}", part)
         return _DecodeCall(
+            rows=rows,
             binding=binding,
             tokens=inputs["tokens"],
             position=inputs["position"],
@@ -378,14 +398,6 @@ def _groups(lengths: Tokens, position: Tokens) -> list[slice]:
     if together:
         return [slice(0, len(lengths))]
     return [slice(int(row), int(row) + 1) for row in active]
-
-
-def _grown(array: Array, used: int, capacity: int) -> Array:
-    """Return a larger cache [B, Hkv, capacity, D] with the first `used` tokens of `array`."""
-    batch, heads, _, size = array.shape
-    larger = np.zeros((batch, heads, capacity, size), dtype=array.dtype)
-    larger[:, :, :used] = array[:, :, :used]
-    return larger
 
 
 def _bind_input(binding: Binding, name: str, array: Array) -> None:

@@ -21,7 +21,7 @@ from ringexport.runtime.runner import (
     Tokens,
     memory_guard,
 )
-from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot, zero_unused
+from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot
 
 try:
     import torch
@@ -76,31 +76,39 @@ class TorchState(BaseState):
         """See `BaseState.model_digest`."""
         return self._owner.model_digest
 
-    def snapshot(self) -> StateSnapshot:
-        """Copy the content to numpy arrays; bf16 caches become fp32, which loses nothing."""
-        used = int(self.position.max())
+    def _read_rows(self, rows: list[int], tokens: slice) -> dict[str, Array]:
+        """Copy rows; bf16 caches become fp32, which loses nothing."""
         tensors: dict[str, Array] = {
-            f"recurrent_state.{layer}": _array(tensor)
+            f"recurrent_state.{layer}": _array(tensor[rows])
             for layer, tensor in self.inner.recurrent_state.items()
         }
         for layer, pair in self.inner.kv_cache.items():
             for part, tensor in zip(("key", "value"), pair, strict=True):
-                copied = _array(tensor[:, :, :used])
-                tensors[f"kv_cache.{layer}.{part}"] = zero_unused(copied, self.position)
-        return StateSnapshot(position=self.position.copy(), tensors=tensors)
+                tensors[f"kv_cache.{layer}.{part}"] = _array(tensor[rows, :, tokens])
+        return tensors
 
-    def _restore(self, snapshot: StateSnapshot) -> None:
-        inner = self.inner
-        inner.position = torch.from_numpy(snapshot.position.copy())
-        for layer, old in inner.recurrent_state.items():
-            inner.recurrent_state[layer] = _tensor(
-                snapshot.tensors[f"recurrent_state.{layer}"], old
-            )
-        for layer, (key, value) in inner.kv_cache.items():
-            inner.kv_cache[layer] = (
-                _tensor(snapshot.tensors[f"kv_cache.{layer}.key"], key),
-                _tensor(snapshot.tensors[f"kv_cache.{layer}.value"], value),
-            )
+    def _write_rows(self, rows: list[int], snapshot: StateSnapshot) -> None:
+        inner, used = self.inner, int(snapshot.position.max())
+        inner.position[rows] = torch.from_numpy(snapshot.position)
+        for layer, tensor in inner.recurrent_state.items():
+            tensor[rows] = _tensor(snapshot.tensors[f"recurrent_state.{layer}"], tensor)
+        for layer, pair in inner.kv_cache.items():
+            key, value = (_with_room(tensor, used) for tensor in pair)
+            key[rows, :, :used] = _tensor(snapshot.tensors[f"kv_cache.{layer}.key"], key)
+            value[rows, :, :used] = _tensor(snapshot.tensors[f"kv_cache.{layer}.value"], value)
+            inner.kv_cache[layer] = (key, value)
+
+    def _copy_rows(self, rows: list[int], source: "TorchState", source_rows: list[int]) -> None:
+        inner, other = self.inner, source.inner
+        used = int(source.position[source_rows].max())
+        inner.position[rows] = other.position[source_rows]
+        for layer, tensor in inner.recurrent_state.items():
+            tensor[rows] = other.recurrent_state[layer][source_rows]
+        for layer, pair in inner.kv_cache.items():
+            key, value = (_with_room(tensor, used) for tensor in pair)
+            key[rows, :, :used] = other.kv_cache[layer][0][source_rows, :, :used]
+            value[rows, :, :used] = other.kv_cache[layer][1][source_rows, :, :used]
+            inner.kv_cache[layer] = (key, value)
 
     def _fork(self, rows: list[int]) -> "TorchState":
         return TorchState(self._owner, self.inner.snapshot(rows))
@@ -185,6 +193,12 @@ class TorchRunner(BaseRunner[TorchState]):
     def _decode(self, tokens: Tokens, state: TorchState) -> Logits:
         return self._forward(tokens[:, None], None, state)
 
+    def _decode_rows(self, tokens: Tokens, state: TorchState, rows: list[int]) -> Logits:
+        padded = np.zeros((state.batch, 1), dtype=np.int64)
+        lengths = np.zeros(state.batch, dtype=np.int64)
+        padded[rows, 0], lengths[rows] = tokens, 1
+        return self._forward(padded, lengths, state)[rows]
+
     def _forward(
         self,
         tokens: Tokens,
@@ -236,6 +250,12 @@ def _array(tensor: torch.Tensor) -> Array:
     host = tensor.detach().cpu()
     host = host.float() if host.dtype == torch.bfloat16 else host
     return np.array(host.numpy(), order="C")
+
+
+def _with_room(tensor: torch.Tensor, used: int) -> torch.Tensor:
+    """Return a cache [B, Hkv, S, D] with room for `used` tokens."""
+    missing = used - tensor.shape[2]
+    return tensor if missing <= 0 else torch.nn.functional.pad(tensor, (0, 0, 0, missing))
 
 
 def _tensor(array: Array, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,421 @@
+// The ops: contract tensors become Params of the kernel library.
+#include <algorithm>
+
+#include "op.h"
+#include "op_contract.h"
+#include "ringkernels/attention.h"
+#include "ringkernels/linear_attention.h"
+#include "ringkernels/moe.h"
+#include "ringkernels/projection.h"
+#include "rows.h"
+
+namespace ringplugins {
+
+namespace {
+
+constexpr size_t kAlignment = 256;
+
+size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+struct LinearAttentionAttributes {
+  int32_t num_heads;
+  float query_scale;
+
+  static constexpr auto fields() {
+    return std::make_tuple(field("num_heads", &LinearAttentionAttributes::num_heads),
+                           field("query_scale", &LinearAttentionAttributes::query_scale));
+  }
+};
+static_assert(fits_contract<LinearAttentionAttributes>(kRingLinearAttention));
+
+class LinearAttentionOp final : public OpWith<LinearAttentionOp, LinearAttentionAttributes> {
+ public:
+  using OpWith::OpWith;
+
+  size_t workspace_bytes(Call const& call) const override {
+    return call.size(Size::kT) == 1 ? ringkernels::workspace_bytes(decode_params(call))
+                                    : ringkernels::workspace_bytes(prefill_params(call));
+  }
+
+  void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
+    size_t const state_bytes =
+        sizeof(float) * call.size(Size::kB) * call.size(Size::kH) * call.size(Size::kK) * call.size(Size::kV);
+    carry_over(contract_, call, 1, state_bytes, stream);
+    if (call.size(Size::kT) == 1) {
+      check(contract_, ringkernels::launch(decode_params(call), stream));
+      return;
+    }
+    auto params = prefill_params(call);
+    params.workspace = workspace;
+    params.workspace_bytes = static_cast<int64_t>(bytes);
+    clear(contract_, workspace, bytes, stream);
+    check(contract_, ringkernels::launch(params, stream));
+  }
+
+ private:
+  ringkernels::LinearAttentionDecodeParams decode_params(Call const& call) const {
+    check_value_dim(call);
+    ringkernels::LinearAttentionDecodeParams params{};
+    params.query = call.input<void>(0);
+    params.key = call.input<void>(1);
+    params.value = call.input<void>(2);
+    params.state = call.output<float>(1);
+    params.log_decay = call.input<float>(4);
+    params.output = call.output<void>(0);
+    params.row_stride = params.output_row_stride = call.size(Size::kH) * call.size(Size::kK);
+    params.batch = call.size32(Size::kB);
+    params.num_heads = call.size32(Size::kH);
+    params.head_dim = call.size32(Size::kK);
+    params.query_scale = attributes_.query_scale;
+    params.dtype = kernel_type(call.inputs[0].type);
+    return params;
+  }
+
+  ringkernels::LinearAttentionPrefillParams prefill_params(Call const& call) const {
+    check_value_dim(call);
+    ringkernels::LinearAttentionPrefillParams params{};
+    params.query = call.input<void>(0);
+    params.key = call.input<void>(1);
+    params.value = call.input<void>(2);
+    params.state = call.output<float>(1);
+    params.log_decay = call.input<float>(4);
+    params.lengths = call.input<int32_t>(5);
+    params.output = call.output<void>(0);
+    params.row_stride = params.output_row_stride = call.size(Size::kH) * call.size(Size::kK);
+    params.batch = call.size32(Size::kB);
+    params.max_length = call.size32(Size::kT);
+    params.num_heads = call.size32(Size::kH);
+    params.head_dim = call.size32(Size::kK);
+    params.query_scale = attributes_.query_scale;
+    params.dtype = kernel_type(call.inputs[0].type);
+    return params;
+  }
+
+  void check_value_dim(Call const& call) const {
+    if (call.size(Size::kK) != call.size(Size::kV)) {
+      throw PluginError("the key dim is " + std::to_string(call.size(Size::kK)) + " and the value dim " +
+                        std::to_string(call.size(Size::kV)) + ", expected the same");
+    }
+  }
+};
+
+struct AttentionAttributes {
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  float softmax_scale;
+
+  static constexpr auto fields() {
+    return std::make_tuple(field("num_heads", &AttentionAttributes::num_heads),
+                           field("num_kv_heads", &AttentionAttributes::num_kv_heads),
+                           field("softmax_scale", &AttentionAttributes::softmax_scale));
+  }
+};
+static_assert(fits_contract<AttentionAttributes>(kRingAttention));
+
+// Every token is a row of the decode kernel: new keys and values are appended first, then each token attends to
+// what lies before it in the cache of its row. Tokens go in groups, which bounds the scratch memory.
+class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
+ public:
+  using OpWith::OpWith;
+
+  size_t workspace_bytes(Call const& call) const override {
+    int64_t const group = std::min(tokens(call), kGroup);
+    return Scratch(call, group).bytes() + ringkernels::workspace_bytes(params(call, 0, group));
+  }
+
+  void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
+    int64_t const elements = call.size(Size::kB) * call.size(Size::kKV) * call.size(Size::kS) * call.size(Size::kK);
+    for (int32_t output : {1, 2}) {
+      carry_over(contract_, call, output, elements * element_bytes(call.inputs[3].type), stream);
+    }
+    Scratch const scratch(call, std::min(tokens(call), kGroup));
+    auto* base = static_cast<char*>(workspace);
+    for (int64_t first = 0; first < tokens(call); first += kGroup) {
+      auto launched = params(call, first, std::min(tokens(call) - first, kGroup));
+      auto const appended = append_params(call, first, launched.batch, scratch, base);
+      check_cuda(contract_, "append to the cache", append(appended, stream));
+      launched.key = appended.staged_key;
+      launched.value = appended.staged_value;
+      launched.position = appended.token_position;
+      launched.slots = appended.token_slot;
+      launched.workspace = base + scratch.bytes();
+      launched.workspace_bytes = static_cast<int64_t>(bytes - scratch.bytes());
+      clear(contract_, launched.workspace, bytes - scratch.bytes(), stream);
+      check(contract_, ringkernels::launch(launched, stream));
+    }
+  }
+
+ private:
+  static constexpr int64_t kGroup = 1024;
+
+  // Two arrays of indices, then keys and values of one group of tokens.
+  struct Scratch {
+    size_t index_bytes;
+    size_t row_bytes;
+
+    Scratch(Call const& call, int64_t group)
+        : index_bytes(aligned(sizeof(int32_t) * static_cast<size_t>(group))),
+          row_bytes(aligned(element_bytes(call.inputs[0].type) * static_cast<size_t>(group) *
+                            static_cast<size_t>(call.size(Size::kH) * call.size(Size::kK)))) {}
+    size_t bytes() const { return 2 * index_bytes + 2 * row_bytes; }
+  };
+
+  static int64_t tokens(Call const& call) { return call.size(Size::kB) * call.size(Size::kT); }
+
+  AppendParams append_params(Call const& call, int64_t first, int32_t count, Scratch const& scratch,
+                             char* base) const {
+    AppendParams params{};
+    params.key = call.input<void>(1);
+    params.value = call.input<void>(2);
+    params.key_cache = call.output<void>(1);
+    params.value_cache = call.output<void>(2);
+    params.position = call.input<int32_t>(5);
+    params.lengths = call.input<int32_t>(6);
+    params.token_position = reinterpret_cast<int32_t*>(base);
+    params.token_slot = reinterpret_cast<int32_t*>(base + scratch.index_bytes);
+    params.staged_key = base + 2 * scratch.index_bytes;
+    params.staged_value = base + 2 * scratch.index_bytes + scratch.row_bytes;
+    params.staged_stride = call.size(Size::kH) * call.size(Size::kK);
+    params.first_token = first;
+    params.num_tokens = count;
+    params.max_length = call.size32(Size::kT);
+    params.num_kv_heads = call.size32(Size::kKV);
+    params.head_dim = call.size32(Size::kK);
+    params.capacity = call.size(Size::kS);
+    params.element_bytes = static_cast<int32_t>(element_bytes(call.inputs[1].type));
+    return params;
+  }
+
+  ringkernels::AttentionDecodeParams params(Call const& call, int64_t first, int64_t count) const {
+    ringkernels::AttentionDecodeParams params{};
+    params.num_heads = call.size32(Size::kH);
+    params.num_kv_heads = call.size32(Size::kKV);
+    params.head_dim = call.size32(Size::kK);
+    params.row_stride = params.output_row_stride = int64_t{params.num_heads} * params.head_dim;
+    if (call.inputs[0].data != nullptr) {
+      int64_t const offset = first * params.row_stride * static_cast<int64_t>(element_bytes(call.inputs[0].type));
+      params.query = call.input<char>(0) + offset;
+      params.output = call.output<char>(0) + offset;
+    }
+    params.key_cache = call.output<void>(1);
+    params.value_cache = call.output<void>(2);
+    params.capacity = params.max_context = call.size(Size::kS);
+    params.batch = static_cast<int32_t>(count);
+    params.softmax_scale = attributes_.softmax_scale;
+    params.dtype = params.cache_dtype = kernel_type(call.inputs[0].type);
+    return params;
+  }
+};
+
+struct RouterAttributes {
+  int32_t num_experts;
+  int32_t top_k;
+  int32_t n_group;
+  int32_t topk_group;
+  int32_t normalize;
+  float routed_scaling_factor;
+
+  static constexpr auto fields() {
+    return std::make_tuple(field("num_experts", &RouterAttributes::num_experts),
+                           field("top_k", &RouterAttributes::top_k), field("n_group", &RouterAttributes::n_group),
+                           field("topk_group", &RouterAttributes::topk_group),
+                           field("normalize", &RouterAttributes::normalize),
+                           field("routed_scaling_factor", &RouterAttributes::routed_scaling_factor));
+  }
+};
+static_assert(fits_contract<RouterAttributes>(kRingRouter));
+
+class RouterOp final : public OpWith<RouterOp, RouterAttributes> {
+ public:
+  using OpWith::OpWith;
+
+  size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
+
+  void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
+    auto launched = params(call);
+    launched.workspace = workspace;
+    launched.workspace_bytes = static_cast<int64_t>(bytes);
+    clear(contract_, workspace, bytes, stream);
+    check(contract_, ringkernels::launch(launched, stream));
+  }
+
+ private:
+  ringkernels::RouterParams params(Call const& call) const {
+    ringkernels::RouterParams params{};
+    params.hidden = call.input<void>(0);
+    params.router_weight = call.input<float>(1);
+    params.expert_bias = call.input<float>(2);
+    params.expert_ids = call.output<int32_t>(0);
+    params.routing_weights = call.output<float>(1);
+    params.tokens = call.size32(Size::kN);
+    params.hidden_size = call.size32(Size::kD);
+    params.num_experts = attributes_.num_experts;
+    params.top_k = attributes_.top_k;
+    params.n_group = attributes_.n_group;
+    params.topk_group = attributes_.topk_group;
+    params.normalize = attributes_.normalize;
+    params.routed_scaling_factor = attributes_.routed_scaling_factor;
+    params.hidden_dtype = kernel_type(call.inputs[0].type);
+    return params;
+  }
+};
+
+struct ExpertsAttributes {
+  int32_t num_experts;
+  int32_t top_k;
+
+  static constexpr auto fields() {
+    return std::make_tuple(field("num_experts", &ExpertsAttributes::num_experts),
+                           field("top_k", &ExpertsAttributes::top_k));
+  }
+};
+static_assert(fits_contract<ExpertsAttributes>(kRingExperts));
+static_assert(fits_contract<ExpertsAttributes>(kRingQuantizedExperts));
+
+// RingExperts and RingQuantizedExperts: the latter has a scale behind each of the two matrices.
+class ExpertsOp final : public OpWith<ExpertsOp, ExpertsAttributes> {
+ public:
+  using OpWith::OpWith;
+
+  size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
+
+  void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
+    auto launched = params(call);
+    launched.workspace = workspace;
+    launched.workspace_bytes = static_cast<int64_t>(bytes);
+    clear(contract_, workspace, bytes, stream);
+    check(contract_, ringkernels::launch(launched, stream));
+  }
+
+ private:
+  bool is_quantized() const { return contract_.num_inputs == kRingQuantizedExperts.num_inputs; }
+
+  ringkernels::ExpertsParams params(Call const& call) const {
+    ringkernels::ExpertsParams params{};
+    params.hidden = call.input<void>(0);
+    params.expert_ids = call.input<int32_t>(1);
+    params.routing_weights = call.input<float>(2);
+    params.gate_up_proj = call.input<void>(3);
+    params.down_proj = call.input<void>(is_quantized() ? 5 : 4);
+    if (is_quantized()) {
+      params.gate_up_scale = call.input<float>(4);
+      params.down_scale = call.input<float>(6);
+      params.scale_kind = ringkernels::ScaleKind::kChannel;
+    }
+    params.output = call.output<void>(0);
+    params.tokens = call.size32(Size::kN);
+    params.hidden_size = call.size32(Size::kD);
+    params.intermediate_size = call.size32(Size::kI);
+    params.num_experts = attributes_.num_experts;
+    params.top_k = attributes_.top_k;
+    params.dtype = params.output_dtype = kernel_type(call.inputs[0].type);
+    params.weight_dtype = kernel_type(call.inputs[3].type);
+    return params;
+  }
+};
+
+static_assert(fits_contract<NoAttributes>(kRingQuantizedProjection));
+
+// The kernel takes at most 64 rows at once; more go in turns.
+class ProjectionOp final : public OpWith<ProjectionOp, NoAttributes> {
+ public:
+  using OpWith::OpWith;
+
+  size_t workspace_bytes(Call const& call) const override {
+    return ringkernels::workspace_bytes(params(call, 0, std::min(rows(call), kMaxRows)));
+  }
+
+  void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
+    clear(contract_, workspace, bytes, stream);
+    for (int64_t first = 0; first < rows(call); first += kMaxRows) {
+      auto launched = params(call, first, std::min(rows(call) - first, kMaxRows));
+      launched.workspace = bytes > 0 ? workspace : nullptr;
+      launched.workspace_bytes = static_cast<int64_t>(bytes);
+      check(contract_, ringkernels::launch(launched, stream));
+    }
+  }
+
+ private:
+  static constexpr int64_t kMaxRows = 64;
+
+  static int64_t rows(Call const& call) { return call.size(Size::kLeading); }
+
+  static ringkernels::ProjectionParams params(Call const& call, int64_t first, int64_t count) {
+    ringkernels::ProjectionParams params{};
+    auto const type = call.inputs[0].type;
+    int64_t const bytes = static_cast<int64_t>(element_bytes(type));
+    params.m = static_cast<int32_t>(count);
+    params.n = call.size32(Size::kO);
+    params.k = call.size32(Size::kD);
+    params.input_row_stride = params.k;
+    params.output_row_stride = params.n;
+    if (call.inputs[0].data != nullptr) {
+      params.input = call.input<char>(0) + first * params.k * bytes;
+      params.output = call.output<char>(0) + first * params.n * bytes;
+    }
+    params.weight = call.input<void>(1);
+    params.weight_scale = call.input<float>(2);
+    params.input_dtype = params.output_dtype = kernel_type(type);
+    params.weight_dtype = kernel_type(call.inputs[1].type);
+    params.weight_scale_kind = ringkernels::ScaleKind::kChannel;
+    return params;
+  }
+};
+
+template <typename Made, OpContract const& contract, typename Attributes>
+OpEntry entry() {
+  MakeOp const make = [](nvinfer1::PluginFieldCollection const& fields, bool is_serialized) -> std::unique_ptr<Op> {
+    return std::make_unique<Made>(contract, parse_fields<Attributes>(contract.name, fields, is_serialized));
+  };
+  std::vector<nvinfer1::PluginField> declared;
+  for (int32_t i = 0; i < contract.num_attributes; ++i) {
+    auto const& attribute = contract.attributes[i];
+    auto const type = attribute.is_real ? FieldTypeOf<float>::kType : FieldTypeOf<int32_t>::kType;
+    declared.emplace_back(attribute.name, nullptr, type, 1);
+  }
+  return {&contract, make, declared};
+}
+
+}  // namespace
+
+std::vector<OpEntry> const& op_table() {
+  static std::vector<OpEntry> const table = {
+      entry<LinearAttentionOp, kRingLinearAttention, LinearAttentionAttributes>(),
+      entry<AttentionOp, kRingAttention, AttentionAttributes>(),
+      entry<RouterOp, kRingRouter, RouterAttributes>(),
+      entry<ExpertsOp, kRingExperts, ExpertsAttributes>(),
+      entry<ExpertsOp, kRingQuantizedExperts, ExpertsAttributes>(),
+      entry<ProjectionOp, kRingQuantizedProjection, NoAttributes>(),
+  };
+  return table;
+}
+
+void check(OpContract const& contract, ringkernels::Status const& status) {
+  if (!status.ok()) {
+    throw PluginError(std::string(contract.name) + ": the kernel refuses " + status.field + " = " +
+                      std::to_string(status.got) + ", expected " + status.expected);
+  }
+}
+
+void check_cuda(OpContract const& contract, char const* what, cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw PluginError(std::string(contract.name) + ": cannot " + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+void clear(OpContract const& contract, void* workspace, size_t bytes, cudaStream_t stream) {
+  if (bytes > 0) {
+    check_cuda(contract, "clear the workspace", cudaMemsetAsync(workspace, 0, bytes, stream));
+  }
+}
+
+void carry_over(OpContract const& contract, Call const& call, int32_t output, size_t bytes, cudaStream_t stream) {
+  auto const& target = call.outputs[static_cast<size_t>(output)];
+  auto const& source = call.inputs[static_cast<size_t>(contract.outputs[output].alias)];
+  if (target.data != source.data) {
+    check_cuda(contract, "copy the state",
+               cudaMemcpyAsync(target.data, source.data, bytes, cudaMemcpyDeviceToDevice, stream));
+  }
+}
+
+}  // namespace ringplugins

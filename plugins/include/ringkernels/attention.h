@@ -1,0 +1,46 @@
+// Softmax attention of one new token per row over a cache, split over the context.
+// Contract: RingAttention in ringexport/ops/attention.py (T = 1).
+#pragma once
+
+#include "ringkernels/types.h"
+
+namespace ringkernels {
+
+struct AttentionDecodeParams {
+  const void* query;          // [B, H, K] rows of row_stride elements, dtype
+  const void* key;            // [B, KV, K] rows of row_stride elements: the new token
+  const void* value;          // [B, KV, K] rows of row_stride elements
+  const float* query_norm;    // [K] or null: normed and rotated already
+  const float* key_norm;      // [K] or null
+  const float* rotary_cos;    // [positions, rotary_dim / 2] or null
+  const float* rotary_sin;
+  void* key_cache;            // [slots, KV, capacity, K] cache_dtype; the new key is written at `position`
+  void* value_cache;          // like key_cache
+  const float* key_scale;     // [1] or null: real = code * scale, for 8-bit caches
+  const float* value_scale;   // [1] or null
+  const int32_t* position;    // [B] tokens already in the cache
+  const int32_t* slots;       // [B] or null: row b is slot b; < 0: the row is skipped
+  void* output;               // [B, H * K] rows of output_row_stride elements, dtype
+  void* workspace;            // workspace_bytes(), zeroed once by the owner, left zeroed
+  int64_t workspace_bytes;
+  int64_t row_stride;
+  int64_t output_row_stride;
+  int64_t capacity;           // tokens per slot and head
+  int64_t max_context;        // upper bound of position + 1 for this launch, <= capacity; sets the split
+  int32_t batch;
+  int32_t num_heads;          // a multiple of num_kv_heads, at most 16 times as many
+  int32_t num_kv_heads;
+  int32_t head_dim;           // 64 or 128
+  int32_t rotary_dim;
+  float softmax_scale;
+  float norm_eps;
+  DType dtype;                // kBFloat16 or kFloat16
+  DType cache_dtype;          // dtype or kFp8E4M3
+  int32_t programmatic_launch;
+};
+
+Status validate(const AttentionDecodeParams& params);
+size_t workspace_bytes(const AttentionDecodeParams& params);
+Status launch(const AttentionDecodeParams& params, Stream stream);
+
+}  // namespace ringkernels

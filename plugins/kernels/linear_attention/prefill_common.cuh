@@ -1,0 +1,347 @@
+// What the prefill kernels share: the plan, tiles in shared memory, tensor-core instructions.
+//
+// A row is cut into segments so that one sequence fills the GPU. Three kernels run one after the other:
+//   segment_kernel  what each segment adds to the state, from its last tokens only where the decay forgets
+//   the rest scan_kernel     the state at the start of each segment chunk_kernel    outputs and final state,
+//   chunk by chunk
+// With one segment per row only the last one runs. Every exponent is <= 0.
+#pragma once
+
+#include <cstdint>
+
+#include "common/launch.cuh"
+#include "common/vec.cuh"
+#include "ringkernels/linear_attention.h"
+
+namespace ringkernels {
+namespace linear_attention {
+
+constexpr int kChunk = 64;  // tokens
+constexpr int kWarps = 4;   // of the kernels for any GPU
+constexpr int kThreads = kWarps * 32;
+
+// The parameters, and how rows are cut.
+struct PrefillArgs {
+  LinearAttentionPrefillParams params;
+  int32_t segments;     // of the longest row
+  int32_t parts;        // of a segment, each by its own block of segment_kernel
+  int32_t part_tokens;  // a multiple of kChunk
+
+  __device__ int segment_tokens() const { return parts * part_tokens; }
+};
+
+// Where a row is. A row without work has length 0.
+struct Row {
+  int64_t first;   // token in N
+  int32_t length;  // tokens
+  int32_t slot;
+};
+
+__device__ __forceinline__ Row locate_row(const LinearAttentionPrefillParams& params, int row) {
+  Row found;
+  found.slot = params.slots == nullptr ? row : params.slots[row];
+  found.length = found.slot < 0 ? 0 : params.lengths[row];
+  found.first = params.starts == nullptr ? (int64_t)row * params.max_length : params.starts[row];
+  return found;
+}
+
+template <int kDim>
+__device__ __forceinline__ float* segment_state(const PrefillArgs& args, int segment, int head, int row) {
+  const int64_t index =
+      (((int64_t)row * args.params.num_heads + head) * args.segments + segment) * args.parts;
+  return static_cast<float*>(args.params.workspace) + index * kDim * kDim;
+}
+
+// Tokens at the end of a segment that decide the state after it, in whole chunks. A token that has decayed
+// below 2^-32 of a fresh one cannot change an fp32 sum of 24 bits.
+__device__ __forceinline__ int remembered_tokens(float log_decay, int segment_tokens) {
+  constexpr float kNegligible = 22.18f;                 // -log(2^-32)
+  const float tokens = kNegligible / fabsf(log_decay);  // infinite without decay
+  return tokens < segment_tokens ? min(((int)tokens / kChunk + 1) * kChunk, segment_tokens) : segment_tokens;
+}
+
+// The part of a segment that a block of segment_kernel works on: grid x = segment * parts + part, y = head
+// from the last, whose decay is the slowest and whose blocks have the most to do.
+struct Part {
+  int segment, head;
+  int64_t first;  // token in N
+  int chunks;     // 0: nothing to do
+  float log_decay;
+};
+
+__device__ __forceinline__ Part locate_part(const PrefillArgs& args) {
+  Part found;
+  const Row row = locate_row(args.params, blockIdx.z);
+  const int part = blockIdx.x % args.parts;
+  found.segment = blockIdx.x / args.parts;
+  found.head = args.params.num_heads - 1 - blockIdx.y;
+  found.log_decay = args.params.log_decay[found.head];
+  const int end = found.segment * args.segment_tokens() + (part + 1) * args.part_tokens;
+  const int after = (args.parts - 1 - part) * args.part_tokens;  // tokens of the segment behind this part
+  const int tokens = min(remembered_tokens(found.log_decay, args.segment_tokens()) - after, args.part_tokens);
+  found.chunks = end + after < row.length ? max(tokens, 0) / kChunk : 0;
+  found.first = row.first + end - tokens;
+  return found;
+}
+
+// Where its result goes: what it adds to the state at its end.
+template <int kDim>
+__device__ __forceinline__ float* part_state(const PrefillArgs& args, const Part& part) {
+  return segment_state<kDim>(args, part.segment, part.head, blockIdx.z) +
+         blockIdx.x % args.parts * kDim * kDim;
+}
+
+// ---- shared memory
+// -------------------------------------------------------------------------------------------------
+
+// Byte offset of a 16-byte unit in a tile of kUnits units per row; the XOR keeps ldmatrix free of bank
+// conflicts.
+template <int kUnits>
+__device__ __forceinline__ uint32_t tile_offset(int row, int unit) {
+  return row * (kUnits * 16) + ((unit ^ (row & 7)) << 4);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool valid) {
+  // Bytes that are not copied become zero.
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Copies kChunk rows of a head into a tile; rows from `valid` on become zero.
+template <typename T, int kDim>
+__device__ __forceinline__ void load_tile(uint32_t tile, const T* source, int64_t row_stride, int valid) {
+  constexpr int kUnits = kDim / 8;
+  constexpr int kRowsAtOnce = kThreads / kUnits;
+  const int unit = threadIdx.x % kUnits, first = threadIdx.x / kUnits;
+#pragma unroll
+  for (int i = 0; i < kChunk / kRowsAtOnce; ++i) {
+    const int row = first + i * kRowsAtOnce;
+    const T* address = source + (row < valid ? row : 0) * row_stride + unit * 8;
+    copy_async(tile + tile_offset<kUnits>(row, unit), address, row < valid);
+  }
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The 16 x 16 block at (row, 8 * unit) of a tile, in the four ways an mma takes it.
+template <int kUnits>
+struct Block {
+  // A[m][k] with m down the tile.
+  __device__ static void rows_as_a(uint32_t (&r)[4], uint32_t tile, int row, int unit) {
+    const int lane = threadIdx.x % 32;
+    load_matrices(r, tile + tile_offset<kUnits>(row + (lane & 15), unit + (lane >> 4)));
+  }
+  // B[k][n] with n down the tile: r[0], r[1] for n < 8 and r[2], r[3] for the rest.
+  __device__ static void rows_as_b(uint32_t (&r)[4], uint32_t tile, int row, int unit) {
+    const int lane = threadIdx.x % 32;
+    load_matrices(r,
+                  tile + tile_offset<kUnits>(row + (lane & 7) + (lane >> 4) * 8, unit + ((lane >> 3) & 1)));
+  }
+  // B[k][n] with k down the tile.
+  __device__ static void columns_as_b(uint32_t (&r)[4], uint32_t tile, int row, int unit) {
+    const int lane = threadIdx.x % 32;
+    load_matrices_transposed(r, tile + tile_offset<kUnits>(row + (lane & 15), unit + (lane >> 4)));
+  }
+  // A[m][k] with k down the tile.
+  __device__ static void columns_as_a(uint32_t (&r)[4], uint32_t tile, int row, int unit) {
+    const int lane = threadIdx.x % 32;
+    load_matrices_transposed(
+        r, tile + tile_offset<kUnits>(row + (lane & 7) + (lane >> 4) * 8, unit + ((lane >> 3) & 1)));
+  }
+};
+
+// ---- pairs of 16-bit numbers and tensor cores
+// ----------------------------------------------------------------------
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+  __device__ static type from_floats(float low, float high) { return __floats2bfloat162_rn(low, high); }
+};
+template <>
+struct Pair<__half> {
+  using type = __half2;
+  __device__ static type from_floats(float low, float high) { return __floats2half2_rn(low, high); }
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const auto pair = Pair<T>::from_floats(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// d += a b, a 16 x 16 by 16 x 8 product.
+template <typename T>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                   uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The weights of two tokens, each the sum of a high and a low part in T.
+struct SplitWeights {
+  uint32_t high, low;
+};
+
+template <typename T>
+__device__ __forceinline__ SplitWeights split_weights(float first, float second) {
+  SplitWeights split;
+  split.high = pack<T>(first, second);
+  const T* high = reinterpret_cast<const T*>(&split.high);
+  split.low = pack<T>(first - to_float(high[0]), second - to_float(high[1]));
+  return split;
+}
+
+// x * weights as high + low. One part alone would put the error of T into the fp32 state.
+template <typename T>
+__device__ __forceinline__ void weigh(uint32_t packed, const SplitWeights& weights, uint32_t& high,
+                                      uint32_t& low) {
+  using P = typename Pair<T>::type;
+  const P x = *reinterpret_cast<const P*>(&packed);
+  const P weight = *reinterpret_cast<const P*>(&weights.high);
+  const P product = __hmul2(x, weight);
+  const P rest = __hfma2(x, weight, __hneg2(product));  // exact
+  const P sum = __hfma2(x, *reinterpret_cast<const P*>(&weights.low), rest);
+  high = *reinterpret_cast<const uint32_t*>(&product);
+  low = *reinterpret_cast<const uint32_t*>(&sum);
+}
+
+// ---- the state
+// -----------------------------------------------------------------------------------------------------
+
+// The part of the state of one of kWarps warps, transposed: rows are kDim / kWarps value columns, columns are
+// the key dimensions. Element r of tile (m, n): value 16 m + lane / 4 + 8 (r / 2), key 8 n + 2 (lane % 4) + r
+// % 2, so that pairs of keys are what an mma takes as B.
+template <typename T, int kDim, int kWarps>
+struct StateTile {
+  static constexpr int kM = kDim / kWarps / 16;
+  static constexpr int kN = kDim / 8;
+  static constexpr int kThreads = kWarps * 32;
+  float s[kM][kN][4];
+
+  __device__ static int value_index(int m, int r) {
+    return threadIdx.x / 32 * (kDim / kWarps) + 16 * m + threadIdx.x % 32 / 4 + 8 * (r / 2);
+  }
+  __device__ static int key_index(int n, int r) { return 8 * n + 2 * (threadIdx.x % 4) + r % 2; }
+
+  // From or to the state [K, V] of a head.
+  __device__ void load(const float* state) {
+#pragma unroll
+    for (int i = 0; i < kM * kN * 4; ++i) {
+      const int m = i / (kN * 4), n = i / 4 % kN, r = i % 4;
+      s[m][n][r] = state == nullptr ? 0.0f : state[key_index(n, r) * kDim + value_index(m, r)];
+    }
+  }
+  __device__ void store(float* state) const {
+#pragma unroll
+    for (int i = 0; i < kM * kN * 4; ++i) {
+      const int m = i / (kN * 4), n = i / 4 % kN, r = i % 4;
+      state[key_index(n, r) * kDim + value_index(m, r)] = s[m][n][r];
+    }
+  }
+
+  // From or to the workspace, in an order of its own: see scan_kernel.
+  __device__ void load_packed(const float* packed) {
+#pragma unroll
+    for (int i = 0; i < kM * kN; ++i) {
+      const float4 x = reinterpret_cast<const float4*>(packed)[i * kThreads + threadIdx.x];
+      float (&to)[4] = s[i / kN][i % kN];
+      to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    }
+  }
+  __device__ void store_packed(float* packed) const {
+#pragma unroll
+    for (int i = 0; i < kM * kN; ++i) {
+      const float (&from)[4] = s[i / kN][i % kN];
+      reinterpret_cast<float4*>(packed)[i * kThreads + threadIdx.x] =
+          make_float4(from[0], from[1], from[2], from[3]);
+    }
+  }
+
+  // S = (1 + shrink) S + sum over the tokens of the tiles of weight * key value^T.
+  __device__ void advance(uint32_t key_tile, uint32_t value_tile, const SplitWeights* weights, float shrink) {
+    using Tile = Block<kDim / 8>;
+    const int warp = threadIdx.x / 32, pair = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kM * kN * 4; ++i) {
+      float& x = s[i / (kN * 4)][i / 4 % kN][i % 4];
+      x = fmaf(shrink, x, x);
+    }
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+      const SplitWeights first = weights[8 * k + pair], second = weights[8 * k + 4 + pair];
+      uint32_t high[kM][4], low[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        uint32_t value[4];
+        Tile::columns_as_a(value, value_tile, 16 * k, warp * (kDim / kWarps / 8) + 2 * m);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weigh<T>(value[i], i < 2 ? first : second, high[m][i], low[m][i]);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        uint32_t key[4];
+        Tile::columns_as_b(key, key_tile, 16 * k, n);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<T>(s[m][n], high[m], key[0], key[1]);
+          mma<T>(s[m][n + 1], high[m], key[2], key[3]);
+        }
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<T>(s[m][n], low[m], key[0], key[1]);
+          mma<T>(s[m][n + 1], low[m], key[2], key[3]);
+        }
+      }
+    }
+  }
+};
+
+// weights[p] for tokens 2 p and 2 p + 1 of a chunk: what is left of each after the chunk's last valid token.
+template <typename T>
+__device__ __forceinline__ void fill_weights(SplitWeights* weights, float log_decay, int valid) {
+  if (threadIdx.x < kChunk / 2) {
+    const int token = 2 * threadIdx.x;
+    weights[threadIdx.x] = split_weights<T>(expf(log_decay * max(valid - 1 - token, 0)),
+                                            expf(log_decay * max(valid - 2 - token, 0)));
+  }
+}
+
+}  // namespace linear_attention
+}  // namespace ringkernels

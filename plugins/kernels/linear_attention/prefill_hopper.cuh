@@ -1,0 +1,420 @@
+// The segment and chunk kernels for Hopper: wgmma, head_dim 128, one block per SM.
+//
+// One warpgroup copies tiles into shared memory, several chunks ahead; two compute, each on 64 of the 128
+// value columns; each computes half of the scores for both. The state is transposed (values down, keys
+// across), so that the registers that accumulate it are also the left operand of o^T = S^T q^T: it never goes
+// through shared memory.
+#pragma once
+
+#include "linear_attention/prefill_common.cuh"
+#include "linear_attention/wgmma.cuh"
+
+namespace ringkernels {
+namespace linear_attention {
+namespace hopper {
+
+constexpr int kDim = 128;
+constexpr int kComputeThreads = 256;
+constexpr int kThreads = kComputeThreads + 128;
+constexpr int kComputeWarps = kComputeThreads / 32;
+constexpr uint32_t kHalfBytes = kChunk * 128;  // 64 tokens x 64 dimensions
+constexpr uint32_t kTileBytes = 2 * kHalfBytes;
+constexpr int kChunkStages = 4;
+constexpr int kSegmentStages = 6;
+enum NamedBarrier { kScoresWritten = 1, kOutputWritten = 2 };  // the second has one for each warpgroup
+
+struct Tables {
+  SplitWeights weights[2][kChunk / 2];  // of a full chunk, and of the last one
+  float2 score_powers[2 * kChunk];  // query_scale * decay^(n - kChunk) and of one less, 0 for what is above
+  float state_powers[kChunk];       // decay^(n + 1), times query_scale unless the state has it
+  uint64_t full[kSegmentStages];
+  uint64_t empty[kSegmentStages];
+};
+
+template <int kStages, int kTiles>
+struct Shared {
+  static constexpr uint32_t kStageBytes = kTiles * kTileBytes;
+  static constexpr uint32_t kScores = kStages * kStageBytes;     // two buffers of half a tile
+  static constexpr uint32_t kOutput = kScores + 2 * kHalfBytes;  // half a tile per warpgroup
+  static constexpr uint32_t kTables = kTiles == 3 ? kOutput + 2 * kHalfBytes : kScores;
+  static constexpr size_t kBytes = kTables + sizeof(Tables);
+};
+using ChunkShared = Shared<kChunkStages, 3>;
+using SegmentShared = Shared<kSegmentStages, 2>;
+static_assert(ChunkShared::kBytes <= 227 * 1024 && SegmentShared::kBytes <= 227 * 1024,
+              "shared memory of an SM");
+
+#if RING_HAS_WGMMA
+
+// Copies kChunk rows of a head as two half tiles, by the 128 threads of a warpgroup; rows from `valid` on are
+// zero.
+template <typename T>
+__device__ __forceinline__ void load_halves(uint32_t tile, const T* source, int64_t row_stride, int valid) {
+  const int unit = threadIdx.x % 16, first = threadIdx.x % 128 / 16;
+  const uint32_t target = tile + unit / 8 * kHalfBytes + tile_offset<8>(first, unit % 8);
+#pragma unroll
+  for (int i = 0; i < kChunk / 8; ++i) {
+    const int row = first + 8 * i;
+    copy_async(target + i * 1024, source + (row < valid ? row : 0) * row_stride + unit * 8, row < valid);
+  }
+}
+
+// The copying warpgroup. It announces a chunk kLag chunks later, when the copies have arrived. Two stages
+// less than the ring: a computing warpgroup looks one chunk ahead before it releases the one it works on.
+template <int kStages, typename Load>
+__device__ __forceinline__ void produce(Tables& tables, int chunks, const Load& load) {
+  constexpr int kLag = kStages - 2;
+  const uint32_t full = shared_address(tables.full), empty = shared_address(tables.empty);
+  for (int chunk = 0; chunk < chunks + kLag; ++chunk) {
+    if (chunk < chunks) {
+      barrier_wait(empty + 8 * (chunk % kStages), (chunk / kStages & 1) ^ 1);
+      load(chunk, chunk % kStages);
+    }
+    copy_commit();
+    if (chunk >= kLag) {
+      copy_wait<kLag>();
+      fence_proxy();
+      barrier_arrive(full + 8 * ((chunk - kLag) % kStages));
+    }
+  }
+}
+
+template <int kStages>
+__device__ __forceinline__ void wait_full(Tables& tables, int chunk) {
+  barrier_wait(shared_address(&tables.full[chunk % kStages]), chunk / kStages & 1);
+}
+template <int kStages>
+__device__ __forceinline__ void release(Tables& tables, int chunk) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&tables.empty[chunk % kStages]));
+}
+
+template <typename T>
+__device__ __forceinline__ void set_up(Tables& tables, float log_decay, int last_valid, float query_scale) {
+  constexpr bool kScaleState = DTypeOf<T>::value == DType::kFloat16;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSegmentStages; ++i) {
+      barrier_init(shared_address(&tables.full[i]), 128);
+      barrier_init(shared_address(&tables.empty[i]), kComputeWarps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  fill_weights<T>(tables.weights[0], log_decay, kChunk);
+  fill_weights<T>(tables.weights[1], log_decay, last_valid);
+  for (int i = threadIdx.x; i < 2 * kChunk; i += kThreads) {
+    const int distance = i - kChunk;
+    tables.score_powers[i] =
+        make_float2(distance >= 0 ? query_scale * expf(log_decay * distance) : 0.0f,
+                    distance >= 1 ? query_scale * expf(log_decay * (distance - 1)) : 0.0f);
+  }
+  if (threadIdx.x < kChunk) {
+    tables.state_powers[threadIdx.x] =
+        (kScaleState ? 1.0f : query_scale) * expf(log_decay * (threadIdx.x + 1));
+  }
+  __syncthreads();
+}
+
+using State = StateTile<float, kDim, kComputeWarps>;
+
+// One warpgroup's 64 value columns of a chunk as left operands: raw, and weighed in two parts.
+template <typename T>
+struct Values {
+  uint32_t raw[kChunk / 16][4], high[kChunk / 16][4], low[kChunk / 16][4];
+
+  __device__ __forceinline__ void load(uint32_t half_tile, const SplitWeights* weights) {
+    const int warp = threadIdx.x % 128 / 32, pair = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+      Block<8>::columns_as_a(raw[k], half_tile, 16 * k, 2 * warp);
+      const SplitWeights first = weights[8 * k + pair], second = weights[8 * k + 4 + pair];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weigh<T>(raw[k][i], i < 2 ? first : second, high[k][i], low[k][i]);
+    }
+  }
+};
+
+__device__ __forceinline__ void decay_state(float (&s)[64], float shrink) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) s[i] = fmaf(shrink, s[i], s[i]);
+}
+
+// S^T += (weighed v)^T k.
+template <typename T>
+__device__ __forceinline__ void add_to_state(float (&s)[64], const Values<T>& values, uint32_t key_tile) {
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    const uint64_t key = tile_descriptor(key_tile + k * 2048, kHalfBytes);
+    wgmma_registers_columns<T>(s, values.high[k], key);
+    wgmma_registers_columns<T>(s, values.low[k], key);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void segment_body(const PrefillArgs& args, Tables& tables, uint32_t tiles,
+                                             const Part& part) {
+  const LinearAttentionPrefillParams& params = args.params;
+  const int chunks = part.chunks;
+  set_up<T>(tables, part.log_decay, kChunk, 1.0f);
+  if (threadIdx.x >= kComputeThreads) {
+    give_registers<40>();
+    const int64_t first = part.first * params.row_stride + part.head * kDim;
+    produce<kSegmentStages>(tables, chunks, [&](int chunk, int stage) {
+      const uint32_t tile = tiles + stage * SegmentShared::kStageBytes;
+      const int64_t source = first + chunk * kChunk * params.row_stride;
+      load_halves(tile, static_cast<const T*>(params.key) + source, params.row_stride, kChunk);
+      load_halves(tile + kTileBytes, static_cast<const T*>(params.value) + source, params.row_stride, kChunk);
+    });
+  } else {
+    take_registers<232>();
+    const uint32_t half = threadIdx.x / 128 * kHalfBytes;
+    State state;
+    state.load(nullptr);
+    float (&s)[64] = reinterpret_cast<float (&)[64]>(state.s);
+    const float shrink = expm1f(part.log_decay * kChunk);
+    // The next chunk's values are weighed while this chunk's are multiplied.
+    Values<T> values[2];
+    const auto weigh_values = [&](int chunk, Values<T>& to) {
+      if (chunk >= chunks) return;
+      wait_full<kSegmentStages>(tables, chunk);
+      to.load(tiles + chunk % kSegmentStages * SegmentShared::kStageBytes + kTileBytes + half,
+              tables.weights[0]);
+    };
+    const auto add_chunk = [&](int chunk, Values<T>& now, Values<T>& next) {
+      decay_state(s, shrink);
+      pin(s);
+      wgmma_fence();
+      add_to_state<T>(s, now, tiles + chunk % kSegmentStages * SegmentShared::kStageBytes);
+      wgmma_commit();
+      weigh_values(chunk + 1, next);
+      wgmma_wait<0>();
+      pin(s);
+      release<kSegmentStages>(tables, chunk);
+    };
+    weigh_values(0, values[0]);
+    for (int chunk = 0; chunk < chunks; chunk += 2) {
+      add_chunk(chunk, values[0], values[1]);
+      if (chunk + 1 < chunks) add_chunk(chunk + 1, values[1], values[0]);
+    }
+    state.store_packed(part_state<kDim>(args, part));
+  }
+}
+
+// Half of the scores of a chunk, for keys [32 g, 32 g + 32) by warpgroup g: s = q k^T.
+template <typename T>
+__device__ __forceinline__ void start_scores(float (&s)[16], uint32_t tile) {
+  const uint32_t keys = tile + kTileBytes + threadIdx.x / 128 * 32 * 128;
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    const uint32_t offset = k / 4 * kHalfBytes + k % 4 * 32;
+    wgmma_rows_rows<T>(s, tile_descriptor(tile + offset), tile_descriptor(keys + offset), k > 0);
+  }
+}
+
+// Writes query_scale * decay^(i - j) * scores[i][j], 0 above the diagonal.
+template <typename T>
+__device__ __forceinline__ void write_scores(uint32_t scores, const float (&s)[16], const float2* powers) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int n = i / 2, unit = threadIdx.x / 128 * 4 + n;
+    const int query = threadIdx.x % 128 / 32 * 16 + lane / 4 + i % 2 * 8;
+    const float2 power = powers[kChunk + query - (8 * unit + lane % 4 * 2)];
+    const uint32_t packed = pack<T>(power.x * s[4 * n + i % 2 * 2], power.y * s[4 * n + i % 2 * 2 + 1]);
+    const uint32_t address = scores + tile_offset<8>(query, unit) + lane % 4 * 4;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(packed) : "memory");
+  }
+}
+
+// o^T = S^T q^T, S rounded to T.
+template <typename T>
+__device__ __forceinline__ void start_output(float (&o)[32], uint32_t (&left)[kDim / 16][4],
+                                             const float (&s)[64], uint32_t query_tile, float query_scale) {
+  const float factor = DTypeOf<T>::value == DType::kFloat16 ? query_scale : 1.0f;
+#pragma unroll
+  for (int i = 0; i < kDim / 4; ++i) left[i / 4][i % 4] = pack<T>(factor * s[2 * i], factor * s[2 * i + 1]);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    wgmma_registers_rows<T>(o, left[k], tile_descriptor(query_tile + k / 4 * kHalfBytes + k % 4 * 32), k > 0);
+  }
+}
+
+// Turns o^T round through shared memory.
+template <typename T>
+__device__ __forceinline__ void stage_output(uint32_t half_tile, const float (&o)[32]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+#pragma unroll
+  for (int n = 0; n < 8; n += 2) {
+    const uint32_t address =
+        half_tile + tile_offset<8>(8 * (n + lane / 16) + lane % 8, 2 * warp + lane / 8 % 2);
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+                 "r"(pack<T>(o[4 * n], o[4 * n + 1])), "r"(pack<T>(o[4 * n + 2], o[4 * n + 3])),
+                 "r"(pack<T>(o[4 * n + 4], o[4 * n + 5])), "r"(pack<T>(o[4 * n + 6], o[4 * n + 7]))
+                 : "memory");
+  }
+}
+
+// Writes what the warpgroup has staged, rows of 128 bytes.
+template <typename T>
+__device__ __forceinline__ void write_output(uint32_t half_tile, T* output, int64_t row_stride, int valid) {
+  const int unit = threadIdx.x % 8;
+  T* target = output + threadIdx.x / 128 * 64 + unit * 8;
+#pragma unroll
+  for (int i = 0; i < kChunk / 16; ++i) {
+    const int row = threadIdx.x % 128 / 8 + 16 * i;
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(half_tile + tile_offset<8>(row, unit))
+                 : "memory");
+    if (row < valid) __stcs(reinterpret_cast<uint4*>(target + row * row_stride), x);
+  }
+}
+
+// The computing warpgroups of the chunk kernel; tokens: of this segment.
+template <typename T>
+__device__ __forceinline__ void compute_chunks(const LinearAttentionPrefillParams& params, Tables& tables,
+                                               uint32_t tiles, State& state, T* output, int tokens,
+                                               float log_decay) {
+  float (&s)[64] = reinterpret_cast<float (&)[64]>(state.s);
+  const int chunks = (tokens + kChunk - 1) / kChunk;
+  const uint32_t half = threadIdx.x / 128 * kHalfBytes;
+  float score[16], o[32];
+  wait_full<kChunkStages>(tables, 0);
+  start_scores<T>(score, tiles);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(score);
+  write_scores<T>(tiles + ChunkShared::kScores, score, tables.score_powers);
+  fence_proxy();
+  const float shrink = expm1f(log_decay * kChunk),
+              last_shrink = expm1f(log_decay * (tokens - (chunks - 1) * kChunk));
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const uint32_t tile = tiles + chunk % kChunkStages * ChunkShared::kStageBytes;
+    // Two buffers: the other warpgroup may still read the scores of the chunk before.
+    const uint32_t scores = tiles + ChunkShared::kScores + chunk % 2 * kHalfBytes;
+    const uint32_t next_scores = tiles + ChunkShared::kScores + (chunk + 1) % 2 * kHalfBytes;
+    const int valid = min(kChunk, tokens - chunk * kChunk);
+    uint32_t left[kDim / 16][4];
+    start_output<T>(o, left, s, tile, params.query_scale);
+    wgmma_commit();
+    Values<T> values;
+    values.load(tile + 2 * kTileBytes + half, tables.weights[valid < kChunk]);
+    named_barrier(kScoresWritten, kComputeThreads);
+    wgmma_wait<0>();
+    pin(o);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float2 power =
+          *reinterpret_cast<const float2*>(&tables.state_powers[8 * n + threadIdx.x % 4 * 2]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[4 * n + i] *= i % 2 == 0 ? power.x : power.y;
+    }
+    pin(o);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+      wgmma_registers_rows<T>(o, values.raw[k], tile_descriptor(scores + 32 * k), true);
+    }
+    wgmma_commit();
+    decay_state(s, chunk + 1 < chunks ? shrink : last_shrink);
+    pin(s);
+    // The next chunk's scores come before the state, so that they are scaled and written while that is
+    // computed.
+    if (chunk + 1 < chunks) {
+      wait_full<kChunkStages>(tables, chunk + 1);
+      start_scores<T>(score, tiles + (chunk + 1) % kChunkStages * ChunkShared::kStageBytes);
+    }
+    wgmma_commit();
+    wgmma_fence();
+    add_to_state<T>(s, values, tile + kTileBytes);
+    wgmma_commit();
+    wgmma_wait<2>();
+    pin(o);
+    stage_output<T>(tiles + ChunkShared::kOutput + half, o);
+    wgmma_wait<1>();
+    pin(score);
+    if (chunk + 1 < chunks) write_scores<T>(next_scores, score, tables.score_powers);
+    fence_proxy();  // before the output is written: it would wait for that
+    named_barrier(kOutputWritten + threadIdx.x / 128, 128);
+    write_output<T>(tiles + ChunkShared::kOutput + half, output + chunk * kChunk * params.output_row_stride,
+                    params.output_row_stride, valid);
+    wgmma_wait<0>();
+    pin(s);
+    release<kChunkStages>(tables, chunk);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void chunk_body(const PrefillArgs& args, Tables& tables, uint32_t tiles,
+                                           const Row& row) {
+  const LinearAttentionPrefillParams& params = args.params;
+  const int segment = blockIdx.x, head = blockIdx.y;
+  const int start = segment * args.segment_tokens(), tokens = min(args.segment_tokens(), row.length - start);
+  const float log_decay = params.log_decay[head];
+  set_up<T>(tables, log_decay, (tokens - 1) % kChunk + 1, params.query_scale);
+  if (threadIdx.x >= kComputeThreads) {
+    give_registers<40>();
+    const int64_t first = (row.first + start) * params.row_stride + head * kDim;
+    produce<kChunkStages>(tables, (tokens + kChunk - 1) / kChunk, [&](int chunk, int stage) {
+      const uint32_t tile = tiles + stage * ChunkShared::kStageBytes;
+      const int64_t source = first + chunk * kChunk * params.row_stride;
+      const int valid = tokens - chunk * kChunk;
+      load_halves(tile, static_cast<const T*>(params.query) + source, params.row_stride, valid);
+      load_halves(tile + kTileBytes, static_cast<const T*>(params.key) + source, params.row_stride, valid);
+      load_halves(tile + 2 * kTileBytes, static_cast<const T*>(params.value) + source, params.row_stride,
+                  valid);
+    });
+  } else {
+    take_registers<232>();
+    float* final_state = params.state + ((int64_t)row.slot * params.num_heads + head) * kDim * kDim;
+    State state;
+    if (args.segments > 1) {
+      wait_for_previous_kernel();  // the scan; all before it has ended
+      state.load_packed(segment_state<kDim>(args, segment, head, blockIdx.z));
+    } else {
+      state.load(params.reset != nullptr && params.reset[blockIdx.z] != 0 ? nullptr : final_state);
+    }
+    T* output = static_cast<T*>(params.output) + (row.first + start) * params.output_row_stride + head * kDim;
+    compute_chunks<T>(params, tables, tiles, state, output, tokens, log_decay);
+    if (start + tokens == row.length) state.store(final_state);
+  }
+}
+
+#endif  // RING_HAS_WGMMA
+
+// Grids as of the kernels for any GPU.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) segment_kernel(const __grid_constant__ PrefillArgs args) {
+#if RING_HAS_WGMMA
+  extern __shared__ __align__(1024) char shared[];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const Part part = locate_part(args);
+  if (part.chunks == 0) return;
+  segment_body<T>(args, *reinterpret_cast<Tables*>(shared + SegmentShared::kTables), shared_address(shared),
+                  part);
+#else
+  __trap();
+#endif
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const __grid_constant__ PrefillArgs args) {
+#if RING_HAS_WGMMA
+  extern __shared__ __align__(1024) char shared[];
+  // Behind the scan: see scan_kernel for why the inputs may be read before it has ended.
+  if (args.segments == 1) wait_for_previous_kernel();
+  allow_next_kernel();
+  const Row row = locate_row(args.params, blockIdx.z);
+  if ((int)blockIdx.x * args.segment_tokens() >= row.length) return;
+  chunk_body<T>(args, *reinterpret_cast<Tables*>(shared + ChunkShared::kTables), shared_address(shared), row);
+#else
+  __trap();
+#endif
+}
+
+}  // namespace hopper
+}  // namespace linear_attention
+}  // namespace ringkernels

@@ -1,0 +1,154 @@
+// Warpgroup matrix products of Hopper: wgmma instructions, shared-memory descriptors, barriers between warps.
+#pragma once
+
+#include <cstdint>
+
+#include "common/vec.cuh"
+
+// 90a code only: other architectures compile these kernels to a trap, and their host never launches them.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define RING_HAS_WGMMA 1
+#else
+#define RING_HAS_WGMMA 0
+#endif
+
+namespace ringkernels {
+namespace linear_attention {
+
+// A tile of rows of 128 bytes, 16-byte units XORed with the row (128-byte swizzle), at a multiple of 1024
+// bytes. Its descriptor serves both ways of reading: rows of the product along the tile's rows, where `next`
+// is not used, or along its 64 columns, where the next 64 are `next` bytes further.
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t next = 16) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | (uint64_t{next >> 4} << 16) | ((address & 0x3FFFF) >> 4);
+}
+
+#if RING_HAS_WGMMA
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving uses of accumulators across a wait or a fence.
+template <int kSize>
+__device__ __forceinline__ void pin(float (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// d [64, N] = a b (+ d): a in registers (RS) or behind a descriptor (SS), b behind a descriptor.
+#define RING_WGMMA_SS_32(type, d, a, b, add)                                                                 \
+  asm volatile(                                                                                              \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                                           \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                            \
+      " {"                                                                                                   \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                 \
+      "}, %16, %17, p, 1, 1, 0, 0;\n}\n"                                                                     \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),      \
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+      : "l"(a), "l"(b), "r"(int(add)))
+
+#define RING_WGMMA_RS_64(type, d, a, b, add, transposed)                                                \
+  asm volatile(                                                                                         \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                      \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                       \
+      " {"                                                                                              \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                  \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"                                                \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),        \
+        "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),      \
+        "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),      \
+        "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                           \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(transposed))
+
+#define RING_WGMMA_RS_128(type, d, a, b, add, transposed)                                               \
+  asm volatile(                                                                                         \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                      \
+      " {"                                                                                              \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                  \
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"                                                \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),        \
+        "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),      \
+        "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),      \
+        "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),      \
+        "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),      \
+        "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),      \
+        "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),      \
+        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(transposed))
+
+template <typename T>
+constexpr bool kIsBf16 = DTypeOf<T>::value == DType::kBFloat16;
+
+// d [64, 32] = a b^T, both with k along their rows.
+template <typename T>
+__device__ __forceinline__ void wgmma_rows_rows(float (&d)[16], uint64_t a, uint64_t b, bool add) {
+  if constexpr (kIsBf16<T>)
+    RING_WGMMA_SS_32("bf16", d, a, b, add);
+  else
+    RING_WGMMA_SS_32("f16", d, a, b, add);
+}
+// d [64, 64] = a b^T, b with k along its rows.
+template <typename T>
+__device__ __forceinline__ void wgmma_registers_rows(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                                     bool add) {
+  if constexpr (kIsBf16<T>)
+    RING_WGMMA_RS_64("bf16", d, a, b, add, 0);
+  else
+    RING_WGMMA_RS_64("f16", d, a, b, add, 0);
+}
+// d [64, 128] += a b, b with k down its rows.
+template <typename T>
+__device__ __forceinline__ void wgmma_registers_columns(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (kIsBf16<T>)
+    RING_WGMMA_RS_128("bf16", d, a, b, 1, 1);
+  else
+    RING_WGMMA_RS_128("f16", d, a, b, 1, 1);
+}
+
+// Ordinary writes to shared memory before this are seen by wgmma after the next barrier.
+__device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// Barrier `id` among `threads` threads of the block.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+#endif  // RING_HAS_WGMMA
+
+}  // namespace linear_attention
+}  // namespace ringkernels

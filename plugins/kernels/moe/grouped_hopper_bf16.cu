@@ -1,0 +1,5 @@
+#include "moe/grouped_hopper.cuh"
+
+namespace ringkernels::grouped {
+template Status launch_hopper<Format::kBFloat16, false>(const Product&, bool, int64_t, int, bool, Stream);
+}  // namespace ringkernels::grouped

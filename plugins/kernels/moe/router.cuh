@@ -1,0 +1,318 @@
+// Router kernels. Few tokens: one kernel, every block has two experts, the first blocks then choose. Many
+// tokens: a tiled fp32 product split over k, and a kernel that adds the parts and chooses.
+#pragma once
+
+#include "common/launch.cuh"
+#include "moe/choose_experts.cuh"
+
+namespace ringkernels::moe {
+
+// Tokens that the one-kernel router takes. The first blocks wait for all others, so few may wait.
+constexpr int kRouterFewTokens = 8;
+constexpr int kRowThreads = 128;  // two experts per block
+constexpr int kRowPrefetch = 4;   // float4 of a router row per thread that are fetched ahead
+
+// 4 elements of the hidden state as fp32.
+template <typename Hidden>
+__device__ __forceinline__ float4 load_hidden4(const void* hidden, int64_t element) {
+  const auto v = Vec<Hidden, 4>::load(static_cast<const Hidden*>(hidden) + element);
+  return {to_float(v.data[0]), to_float(v.data[1]), to_float(v.data[2]), to_float(v.data[3])};
+}
+
+__device__ __forceinline__ float dot4(const float4& a, const float4& b, float sum) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+__device__ __forceinline__ float4 times4(const float4& a, const float4& b) {
+  return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
+}
+
+// A logit and the mark that it is there, in one word, so that it needs no fence: 0 means "not yet".
+__device__ __forceinline__ void post_logit(unsigned long long* slot, float logit) {
+  const unsigned long long word = 1ull << 32 | __float_as_uint(logit);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(slot), "l"(word) : "memory");
+}
+
+__device__ __forceinline__ float await_logit(unsigned long long* slot) {
+  unsigned long long word;
+  do {
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(slot) : "memory");
+  } while (word == 0);
+  *slot = 0;  // for the next launch; nobody else reads this word
+  return __uint_as_float(static_cast<uint32_t>(word));
+}
+
+// grid: experts / 2. Workspace: [N, E] words. kBatch tokens at a time.
+template <typename Hidden, int kBatch>
+__global__ void __launch_bounds__(kRouterThreads) router_few_kernel(const __grid_constant__ RouterParams p) {
+  __shared__ ChoiceScratch scratch;
+  __shared__ float partial[kRouterFewTokens][kRouterThreads / 32][2];
+  const int half = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
+  const int expert = min((int)blockIdx.x * 2 + half, p.num_experts - 1);
+  const int vectors = p.hidden_size / 4;
+  const auto* row = reinterpret_cast<const float4*>(p.router_weight + (int64_t)expert * p.hidden_size);
+  const auto* norm = reinterpret_cast<const float4*>(p.norm_weight);
+  const bool ranks = ranks_serve(p);
+  float bias = 0.0f;
+  if (ranks && (int)blockIdx.x < p.tokens && (int)threadIdx.x < p.num_experts)
+    bias = __ldg(p.expert_bias + threadIdx.x);
+  float4 ahead[kRowPrefetch];
+#pragma unroll
+  for (int i = 0; i < kRowPrefetch; ++i) {
+    const int v = lane + i * kRowThreads;
+    ahead[i] = v < vectors ? __ldg(row + v) : float4{};
+    if (norm != nullptr && v < vectors) ahead[i] = times4(ahead[i], __ldg(norm + v));
+  }
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  for (int first = 0; first < p.tokens; first += kBatch) {
+    float dot[kBatch] = {}, squares[kBatch] = {};
+    // All loads of kRowPrefetch vectors first. Past the end of the row: the last vector, times 0.
+    for (int base = 0; base < vectors; base += kRowPrefetch * kRowThreads) {
+      float4 x[kRowPrefetch][kBatch];
+#pragma unroll
+      for (int i = 0; i < kRowPrefetch; ++i) {
+        const int v = min(base + lane + i * kRowThreads, vectors - 1);
+#pragma unroll
+        for (int t = 0; t < kBatch; ++t) {
+          const int token = min(first + t, p.tokens - 1);
+          x[i][t] = load_hidden4<Hidden>(p.hidden, (int64_t)token * p.hidden_size + v * 4);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowPrefetch; ++i) {
+        const int v = base + lane + i * kRowThreads;
+        if (base > 0 || (first > 0 && vectors > kRowPrefetch * kRowThreads)) {
+          ahead[i] = v < vectors ? __ldg(row + v) : float4{};
+          if (norm != nullptr && v < vectors) ahead[i] = times4(ahead[i], __ldg(norm + v));
+        }
+#pragma unroll
+        for (int t = 0; t < kBatch; ++t) {
+          dot[t] = dot4(x[i][t], ahead[i], dot[t]);
+          squares[t] = v < vectors ? dot4(x[i][t], x[i][t], squares[t]) : squares[t];
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kBatch; ++t) {
+      dot[t] = warp_sum(dot[t]);
+      squares[t] = warp_sum(squares[t]);
+      if (threadIdx.x % 32 == 0 && first + t < p.tokens) {
+        partial[first + t][threadIdx.x / 32][0] = dot[t];
+        partial[first + t][threadIdx.x / 32][1] = squares[t];
+      }
+    }
+  }
+  __syncthreads();
+  auto* words = static_cast<unsigned long long*>(p.workspace);
+  if ((int)threadIdx.x < 2 * p.tokens) {
+    const int token = threadIdx.x / 2, which = threadIdx.x % 2;
+    float dot = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kRowThreads / 32; ++w) {
+      dot += partial[token][which * (kRowThreads / 32) + w][0];
+      squares += partial[token][which * (kRowThreads / 32) + w][1];
+    }
+    if (norm != nullptr) dot *= rsqrtf(squares / p.hidden_size + p.norm_eps);
+    const int target = blockIdx.x * 2 + which;
+    if (target < p.num_experts) post_logit(words + (int64_t)token * p.num_experts + target, dot);
+  }
+  // Any grid has at least one block, and blocks that wait are the first: the others can always run.
+  for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
+    unsigned long long* slots = words + (int64_t)token * p.num_experts;
+    auto logit = [&](int e) { return await_logit(slots + e); };
+    if (ranks) {
+      choose_by_rank(p, token, scratch, bias, logit);
+    } else {
+      choose_experts(p, token, scratch, logit);
+    }
+    __syncthreads();
+  }
+}
+
+constexpr int kTileTokens = 32;
+constexpr int kTileExperts = 256;
+constexpr int kTileK = 32;
+constexpr int kTilePitch = kTileK;  // floats
+constexpr int kTileStages = 2;
+constexpr size_t kTileBytes = (size_t)kTileStages * (kTileExperts + kTileTokens) * kTilePitch * sizeof(float);
+
+// Where k (a multiple of 4) of a row lies in a tile: odd rows have their halves swapped, so that 8 lanes,
+// which read 64 bytes of two rows, meet all banks.
+__device__ __forceinline__ int tile_offset(int row, int k) {
+  return row * kTilePitch + (k ^ (row % 2 * (kTileK / 2)));
+}
+
+__device__ __forceinline__ void copy_async16(void* shared, const void* global, bool valid) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(valid ? 16 : 0));
+}
+
+// The upper part of an fp32 number as TF32, and what is left: together 22 bits or more, an error below that
+// of summing 2048 products in fp32.
+struct SplitFloat {
+  uint32_t high;
+  uint32_t low;
+
+  __device__ __forceinline__ explicit SplitFloat(float x) {
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(x));
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(x - __uint_as_float(high)));
+  }
+};
+
+__device__ __forceinline__ void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Where the parts of the product lie in the workspace: logits [splits, N, E], then squares [splits, N].
+struct RouterParts {
+  float* logits;
+  float* squares;
+  int splits;
+  int k_per_split;  // a multiple of kTileK
+};
+
+// acc += 32 experts x 32 tokens of one warp over kTileK. 16-bit hidden states are exact in TF32, so that only
+// the weights are split; fp32 ones are split too. The order of k within a step is free: a lane's 4 neighbours
+// are used as elements c and c + 4 of two products.
+template <bool kSplitTokens>
+__device__ __forceinline__ void multiply_tile(float (&acc)[2][4][4], const float* experts,
+                                              const float* tokens) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < kTileK; k += 16) {
+    const int offset = tile_offset(lane / 4, k + lane % 4 * 4);
+    float4 x[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) x[n] = *reinterpret_cast<const float4*>(tokens + n * 8 * kTilePitch + offset);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const float4 low_row = *reinterpret_cast<const float4*>(experts + m * 16 * kTilePitch + offset);
+      const float4 high_row = *reinterpret_cast<const float4*>(experts + (m * 16 + 8) * kTilePitch + offset);
+      const float rows[2][4] = {{low_row.x, low_row.y, low_row.z, low_row.w},
+                                {high_row.x, high_row.y, high_row.z, high_row.w}};
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const SplitFloat a0(rows[0][j]), a1(rows[1][j]), a2(rows[0][j + 1]), a3(rows[1][j + 1]);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const SplitFloat b0(j == 0 ? x[n].x : x[n].z), b1(j == 0 ? x[n].y : x[n].w);
+          mma_tf32(acc[m][n], a0.low, a1.low, a2.low, a3.low, b0.high, b1.high);
+          if (kSplitTokens) mma_tf32(acc[m][n], a0.high, a1.high, a2.high, a3.high, b0.low, b1.low);
+          mma_tf32(acc[m][n], a0.high, a1.high, a2.high, a3.high, b0.high, b1.high);
+        }
+      }
+    }
+  }
+}
+
+// grid: (token tiles, splits, expert tiles). Each warp has 32 experts of the tile and its 32 tokens.
+template <typename Hidden>
+__global__ void __launch_bounds__(kRouterThreads, 2)
+    router_product_kernel(const __grid_constant__ RouterParams p, const __grid_constant__ RouterParts parts) {
+  extern __shared__ __align__(16) float stages[];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int first_token = blockIdx.x * kTileTokens, first_expert = blockIdx.z * kTileExperts;
+  const int k_begin = blockIdx.y * parts.k_per_split;
+  const int k_end = min(k_begin + parts.k_per_split, p.hidden_size);
+  const int steps = (k_end - k_begin + kTileK - 1) / kTileK;
+  auto weights_of = [&](int step) {
+    return stages + step % kTileStages * (kTileExperts + kTileTokens) * kTilePitch;
+  };
+  auto tokens_of = [&](int step) { return weights_of(step) + kTileExperts * kTilePitch; };
+  auto fetch_weights = [&](int step) {
+    const int k = k_begin + step * kTileK + thread % 8 * 4;
+#pragma unroll
+    for (int i = 0; i < kTileExperts / 32; ++i) {
+      const int row = thread / 8 + i * 32, expert = first_expert + row;
+      const bool valid = expert < p.num_experts && k < k_end;
+      const float* source = p.router_weight + (valid ? (int64_t)expert * p.hidden_size + k : 0);
+      copy_async16(weights_of(step) + tile_offset(row, thread % 8 * 4), source, valid);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  // This thread's 4 elements of the token tile: row thread / 8.
+  const int my_token = first_token + thread / 8;
+  float squares = 0.0f;
+  auto fetch_tokens = [&](int step) {
+    const int k = k_begin + step * kTileK + thread % 8 * 4;
+    if (my_token >= p.tokens || k >= k_end) return float4{};
+    float4 x = load_hidden4<Hidden>(p.hidden, (int64_t)my_token * p.hidden_size + k);
+    if (p.norm_weight != nullptr) {
+      squares = dot4(x, x, squares);
+      x = times4(x, *reinterpret_cast<const float4*>(p.norm_weight + k));
+    }
+    return x;
+  };
+  float acc[2][4][4] = {};
+  fetch_weights(0);
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  float4 x = fetch_tokens(0);
+  for (int step = 0; step < steps; ++step) {
+    *reinterpret_cast<float4*>(tokens_of(step) + tile_offset(thread / 8, thread % 8 * 4)) = x;
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();
+    if (step + 1 < steps) {
+      fetch_weights(step + 1);
+      x = fetch_tokens(step + 1);
+    }
+    multiply_tile<sizeof(Hidden) == 4>(acc, weights_of(step) + warp * 32 * kTilePitch, tokens_of(step));
+  }
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int expert = first_expert + warp * 32 + m * 16 + i / 2 * 8 + lane / 4;
+        const int token = first_token + n * 8 + lane % 4 * 2 + i % 2;
+        if (token < p.tokens && expert < p.num_experts) {
+          parts.logits[((int64_t)blockIdx.y * p.tokens + token) * p.num_experts + expert] = acc[m][n][i];
+        }
+      }
+    }
+  }
+  if (p.norm_weight == nullptr || blockIdx.z != 0) return;
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) squares += __shfl_xor_sync(kFullWarp, squares, offset);
+  if (thread % 8 == 0 && my_token < p.tokens)
+    parts.squares[(int64_t)blockIdx.y * p.tokens + my_token] = squares;
+}
+
+// grid: tokens.
+__global__ void __launch_bounds__(kRouterThreads)
+    router_choice_kernel(const __grid_constant__ RouterParams p, const __grid_constant__ RouterParts parts) {
+  __shared__ ChoiceScratch scratch;
+  const int token = blockIdx.x;
+  const bool ranks = ranks_serve(p);
+  const float bias = ranks && (int)threadIdx.x < p.num_experts ? __ldg(p.expert_bias + threadIdx.x) : 0.0f;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  float factor = 1.0f;
+  if (p.norm_weight != nullptr) {
+    float squares = 0.0f;
+    for (int s = 0; s < parts.splits; ++s) squares += parts.squares[(int64_t)s * p.tokens + token];
+    factor = rsqrtf(squares / p.hidden_size + p.norm_eps);
+  }
+  auto logit = [&](int e) {
+    float sum = 0.0f;
+#pragma unroll 16
+    for (int s = 0; s < parts.splits; ++s) {
+      sum += parts.logits[((int64_t)s * p.tokens + token) * p.num_experts + e];
+    }
+    return sum * factor;
+  };
+  if (ranks) {
+    choose_by_rank(p, token, scratch, bias, logit);
+  } else {
+    choose_experts(p, token, scratch, logit);
+  }
+}
+
+}  // namespace ringkernels::moe

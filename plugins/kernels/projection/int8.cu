@@ -1,0 +1,10 @@
+#include "projection/kernel.cuh"
+
+namespace ringkernels {
+
+Status launch_projection_int8(const ProjectionParams& params, const ProjectionPlan& plan,
+                              const LaunchShape& shape) {
+  return launch_projection<Int8Operand, false>(params, plan, shape);
+}
+
+}  // namespace ringkernels

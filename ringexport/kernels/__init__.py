@@ -1,0 +1,1 @@
+"""The Python host of the CUDA kernel library in plugins/."""

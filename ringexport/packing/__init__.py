@@ -1,0 +1,1 @@
+"""Pack a checkpoint for the kernels of plugins/: fused projections, stacked experts, scales."""

@@ -1,0 +1,1 @@
+"""The fast engine: packed weights, run by the kernels of plugins/ under CUDA graphs."""

@@ -1,0 +1,93 @@
+"""Decode steps captured once per batch and context bucket and replayed as one CUDA graph each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringexport.runtime.backends.cuda.network import Network, PackedRows
+
+__all__ = ["BATCH_BUCKETS", "DecodeGraphs", "DecodeStep", "bucket_of"]
+
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_CONTEXT_BUCKETS = tuple(4096 << shift for shift in range(0, 12, 2))
+
+
+def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
+    """Return the smallest bucket that holds `size`, or `size` itself beyond the last."""
+    return next((bucket for bucket in buckets if bucket >= size), size)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """A captured step and its fixed buffers, for up to as many rows as they have.
+
+    A replay reads `tokens`, `slots` and `position`; writes `logits`; and leaves the greedy choice
+    in `tokens` and the next position in `position`, so that replays can follow each other without
+    the host. Rows with a slot below 0 are padding.
+
+    Attributes:
+        tokens: [B] int64.
+        slots: [B] int32.
+        position: [B] int32.
+        logits: [B, vocab] fp32.
+        graph: what to replay.
+        launches: kernels of plugins/ in the graph.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    position: Tensor
+    logits: Tensor
+    graph: torch.cuda.CUDAGraph
+    launches: int
+
+
+class DecodeGraphs:
+    """Captures steps when they are first needed."""
+
+    def __init__(
+        self, network: Network, device: torch.device, count_launches: Callable[[], int]
+    ) -> None:
+        self._network = network
+        self._device = device
+        self._count = count_launches
+        self._steps: dict[tuple[int, int], DecodeStep] = {}
+        self._pool: Any = None
+
+    def step(self, rows: int, context: int) -> DecodeStep:
+        """Return the step for `rows` rows of up to `context` tokens, the new one included."""
+        key = bucket_of(rows, BATCH_BUCKETS), bucket_of(context, _CONTEXT_BUCKETS)
+        if key not in self._steps:
+            self._steps[key] = self._capture(*key)
+        return self._steps[key]
+
+    def _capture(self, batch: int, max_context: int) -> DecodeStep:
+        device = self._device
+        tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        slots = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        position = torch.zeros(batch, dtype=torch.int32, device=device)
+        logits = torch.empty((batch, self._network.config.vocab_size), device=device)
+        rows = PackedRows(slots=slots, position=position, max_context=max_context)
+
+        def run() -> None:
+            residual = self._network.embed(tokens)
+            self._network.run(residual, rows)
+            self._network.logits(residual, logits)
+            self._network.choose(logits, tokens)
+            position.add_(1)
+
+        # Once outside the graph, on padding only: loads kernels and makes the workspaces.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            run()
+            stream.synchronize()
+            before = self._count()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                run()
+        self._pool = graph.pool()
+        return DecodeStep(tokens, slots, position, logits, graph, self._count() - before)

@@ -1,0 +1,65 @@
+"""Drives a loop step by step, without its thread."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ringexport.batching.events import Event, FailedEvent, FinishedEvent, PieceEvent
+from ringexport.batching.loop import Loop
+from ringexport.batching.options import BatchingOptions
+from ringexport.batching.request import Request
+from ringexport.runtime.sampling import SamplingParams
+from ringexport.runtime.session import Engine
+
+__all__ = ["Driver", "prompt_of"]
+
+
+def prompt_of(size: int, seed: int = 0) -> list[int]:
+    """Return ordinary tokens of the tiny model, none of them special."""
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 250, size)]
+
+
+class Driver:
+    """A loop with its requests and their events, in the order in which they happened."""
+
+    def __init__(self, engine: Engine, options: BatchingOptions | None = None) -> None:
+        tokenizer = engine.tokenizer
+        self.engine = engine
+        self.loop = Loop(
+            engine.runner,
+            options or BatchingOptions(),
+            tokenizer.stop_ids | tokenizer.special_ids,
+        )
+        self.events: list[tuple[Request, Event]] = []
+
+    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        def on_event(event: Event) -> None:
+            self.events.append((request, event))
+
+        row = self.engine.row(prompt, params)
+        request = Request(f"request-{len(self.loop.waiting)}", row, on_event)
+        self.loop.waiting.append(request)
+        return request
+
+    def run(self, steps: int = 10_000) -> None:
+        for _ in range(steps):
+            if not self.loop.busy:
+                return
+            self.loop.step()
+        assert steps < 10_000, "the loop does not end"
+
+    def events_of(self, request: Request) -> list[Event]:
+        return [event for owner, event in self.events if owner is request]
+
+    def check(self, request: Request) -> None:
+        """Check that the events of an ended request are in order and add up to its result."""
+        *pieces, last = self.events_of(request)
+        assert all(isinstance(event, PieceEvent) for event in pieces)
+        if isinstance(last, FailedEvent):
+            return
+        assert isinstance(last, FinishedEvent)
+        tokens = [token for event in pieces for token in event.token_ids]  # type: ignore[union-attr]
+        text = "".join(event.text for event in pieces)  # type: ignore[union-attr]
+        assert tuple(tokens) == last.result.token_ids
+        assert text == last.result.text or last.result.stop_reason == "cancelled"
+        assert request.ticket.result(0) is last.result

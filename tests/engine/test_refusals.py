@@ -1,0 +1,91 @@
+"""What cannot run is refused in one sentence, before TensorRT sees it."""
+
+from pathlib import Path
+
+import pytest
+
+from ringexport.engine.plugins import PLUGIN_LIBRARY_FILE
+from ringexport.engine.table import EngineTable
+from ringexport.engine.target import EngineTarget
+from ringexport.errors import BackendUnavailableError, BundleError, VersionError
+from ringexport.pipeline.inspect import describe
+from ringexport.runtime.backends.trt import check_engine, why_not_here
+from ringexport.version import __version__
+
+TARGET = EngineTarget("tensorrt-rtx", (80, 89))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, host_plugins: Path) -> Path:
+    (tmp_path / "engine.plan").write_bytes(b"e" * 100)
+    table = EngineTable(
+        target=TARGET.name,
+        versions={"tensorrt-rtx": "1.7"},
+        profile="default",
+        engine_bytes=100,
+        counts={"RingExperts": 5},
+    )
+    table.write(tmp_path / "layers.json", ())
+    (tmp_path / PLUGIN_LIBRARY_FILE).write_bytes(host_plugins.read_bytes())
+    return tmp_path
+
+
+def test_a_complete_engine_passes(folder: Path) -> None:
+    assert check_engine(folder, TARGET, 89).version == __version__
+
+
+@pytest.mark.parametrize(
+    ("architecture", "here"), [(90, "a GPU of sm_90"), (None, "no NVIDIA GPU")]
+)
+def test_an_engine_for_another_gpu(folder: Path, architecture: int | None, here: str) -> None:
+    with pytest.raises(BackendUnavailableError) as caught:
+        check_engine(folder, TARGET, architecture)
+    assert caught.value.message == (
+        f"the engine is for tensorrt-rtx:sm_80+sm_89, and this machine has {here}"
+    )
+
+
+def test_a_truncated_engine(folder: Path) -> None:
+    (folder / "engine.plan").write_bytes(b"e" * 60)
+    with pytest.raises(BundleError, match=r"engine.plan has 60 bytes, expected 100"):
+        check_engine(folder, TARGET, 80)
+
+
+def test_a_missing_engine(folder: Path) -> None:
+    (folder / "engine.plan").unlink()
+    with pytest.raises(BundleError, match="has 0 bytes, expected 100"):
+        check_engine(folder, TARGET, 80)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"target": 3}', "{}"])
+def test_a_damaged_layer_table(folder: Path, text: str) -> None:
+    (folder / "layers.json").write_text(text)
+    with pytest.raises(BundleError, match=r"the layer table .* cannot be read"):
+        check_engine(folder, TARGET, 80)
+
+
+def test_plugins_of_another_version(folder: Path) -> None:
+    path = folder / PLUGIN_LIBRARY_FILE
+    path.write_bytes(
+        path.read_bytes().replace(b"ringplugins;version=0.1.0", b"ringplugins;version=0.0.9")
+    )
+    with pytest.raises(VersionError, match=r"is of ringexport 0\.0\.9 with ABI 1, expected"):
+        check_engine(folder, TARGET, 80)
+
+
+def test_why_a_target_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringexport.runtime.backends.trt.device_architecture", lambda: 90)
+    reason, hint = why_not_here("tensorrt-rtx:sm_89") or ("", "")
+    assert reason == "this machine has a GPU of sm_90"
+    assert hint
+    reason, _ = why_not_here("tensorrt:sm_90") or ("", "")
+    assert reason in {"", "tensorrt is not installed"}
+    with pytest.raises(BundleError, match="names no architectures"):
+        why_not_here("tensorrt:90")
+
+
+def test_inspect_an_engine(folder: Path) -> None:
+    found = describe(folder / "engine.plan")
+    assert found.kind == "engine"
+    assert found.facts["target"] == TARGET.name
+    assert found.tables[0].rows == (("RingExperts", 5),)

@@ -1,0 +1,46 @@
+import pytest
+
+from ringexport.engine.target import EngineTarget
+from ringexport.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor", "architectures"),
+    [
+        ("tensorrt-rtx:sm_89", "tensorrt-rtx", (89,)),
+        ("tensorrt-rtx:sm_120+sm_80+sm_89", "tensorrt-rtx", (80, 89, 120)),
+        ("tensorrt:sm_90", "tensorrt", (90,)),
+    ],
+)
+def test_names(name: str, flavor: str, architectures: tuple[int, ...]) -> None:
+    target = EngineTarget.parse(name)
+    assert target == EngineTarget(flavor, architectures)
+    assert EngineTarget.parse(target.name) == target
+
+
+def test_the_name_is_canonical() -> None:
+    target = EngineTarget.parse("tensorrt-rtx:sm_120+sm_80")
+    assert target is not None
+    assert target.name == "tensorrt-rtx:sm_80+sm_120"
+
+
+@pytest.mark.parametrize("name", ["onnxruntime:cpu", "cuda:sm_90", "torch"])
+def test_other_families(name: str) -> None:
+    assert EngineTarget.parse(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensorrt", "names no architectures"),
+        ("tensorrt-rtx:89", "names no architectures"),
+        ("tensorrt-rtx:sm_80,sm_89", "names no architectures"),
+        ("tensorrt-rtx:sm_90", "do not run on sm_90"),
+        ("tensorrt-rtx:sm_89+sm_89", "names an architecture twice"),
+        ("tensorrt:sm_80+sm_89", "is for one architecture"),
+        ("tensorrt:sm_75", "do not run on sm_75"),
+    ],
+)
+def test_targets_that_cannot_be(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineTarget.parse(name)

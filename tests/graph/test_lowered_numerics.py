@@ -1,0 +1,96 @@
+"""What a graph for TensorRT computes, with the plugins' contracts in place of the plugins."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+
+from ringexport.checkpoint.weights import CheckpointWeights
+from ringexport.compare.tolerances import TOLERANCES
+from ringexport.graph.export import GRAPH_FILE, WEIGHTS_FILE
+from ringexport.graph.initializers import ComputeDtype
+from ringexport.graph.lower_tensorrt import export_tensorrt_graph, lower_tensorrt
+from ringexport.graph.network import build_network
+from ringexport.graph.passes.plugin_form import plugin_weights
+from ringexport.graph.save import write_weights
+from ringexport.graph.tensorrt_emitter import TensorRtEmitter
+from ringexport.quantize.run import quantize_checkpoint
+from ringexport.quantize.shipped import load_recipe
+from ringexport.runtime.registry import open_checkpoint_runner
+from tests.graph.plugin_reference import run_lowered
+
+Array = npt.NDArray[Any]
+
+NANO = Path(__file__).parents[2] / "models" / "ring-nano"
+TOKENS, CAPACITY = 12, 32
+
+
+def fp32_graph(weights: CheckpointWeights, folder: Path) -> onnx.ModelProto:
+    """Lower in fp32, which the plugins do not take, so that no rounding hides a mistake."""
+    network = build_network(
+        weights.config, weights, dtype=ComputeDtype.FP32, emitter=TensorRtEmitter
+    )
+    stored = plugin_weights(network.builder.nodes, network.builder.weights)
+    tensors = write_weights(stored, folder / WEIGHTS_FILE, lambda _: None)
+    model = lower_tensorrt(network, tensors)
+    (folder / GRAPH_FILE).write_bytes(model.SerializeToString())
+    return onnx.load(folder / GRAPH_FILE)
+
+
+def compared(model: onnx.ModelProto, checkpoint: Path, dtype: npt.DTypeLike) -> Array:
+    """Return the cosine of the logits of each position with those of the torch reference."""
+    with CheckpointWeights.open(checkpoint) as weights:
+        config = weights.config
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (1, TOKENS))
+    inputs: dict[str, Array] = {
+        "tokens": tokens,
+        "lengths": np.array([TOKENS], np.int32),
+        "position": np.zeros(1, np.int32),
+        "logits_index": np.arange(TOKENS)[None],
+    }
+    heads, kv_heads, dim = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    for layer in config.linear_layers:
+        inputs[f"past_state.{layer}"] = np.zeros((1, heads, dim, dim), np.float32)
+    for layer in config.softmax_layers:
+        for part in ("key", "value"):
+            inputs[f"past_{part}.{layer}"] = np.zeros((1, kv_heads, CAPACITY, dim), dtype)
+    found = run_lowered(model, inputs)["logits"][0].astype(np.float64)
+    with open_checkpoint_runner(checkpoint) as runner:
+        logits = runner.prefill(tokens, None, runner.new_state(1), every_position=True)
+    expected = logits[0].astype(np.float64)
+    norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
+    cosine: Array = (found * expected).sum(axis=-1) / norms
+    return cosine
+
+
+def test_unquantized_in_fp32(tmp_path: Path) -> None:
+    with CheckpointWeights.open(NANO) as weights:
+        model = fp32_graph(weights, tmp_path)
+    assert 1 - compared(model, NANO, np.float32).min() < TOLERANCES["reference_values"].bound ** 2
+
+
+def test_unquantized_in_bf16(tmp_path: Path) -> None:
+    with CheckpointWeights.open(NANO) as weights:
+        export_tensorrt_graph(weights, tmp_path)
+    model = onnx.load(tmp_path / GRAPH_FILE)
+    dtype = ComputeDtype.BF16.numpy
+    # The reference is fp32. Random tokens: one near tie of the router moves one position.
+    assert np.median(compared(model, NANO, dtype)) > 0.999
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8-weight-only"])
+def test_quantized(tmp_path: Path, recipe: str) -> None:
+    checkpoint, folder = tmp_path / "checkpoint", tmp_path / "graph"
+    quantize_checkpoint(NANO, checkpoint, load_recipe(recipe))
+    folder.mkdir()
+    with CheckpointWeights.open(checkpoint) as weights:
+        model = fp32_graph(weights, folder)
+    # int8-weight-only: the plugin of the experts also quantizes their inputs.
+    assert np.median(compared(model, checkpoint, np.float32)) > 0.999

@@ -1,0 +1,58 @@
+"""The Python host and the headers agree; no GPU needed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ringexport.errors import BackendUnavailableError
+from ringexport.kernels.library import _SCALARS, OPS, KernelLibrary
+
+PLUGINS = Path(__file__).parents[2] / "plugins"
+HEADERS = sorted((PLUGINS / "include" / "ringkernels").glob("*.h"))
+FORBIDDEN = ("NvInfer", "torch/", "ATen", "c10/")
+
+
+def described() -> dict[str, list[list[str]]]:
+    command = [sys.executable, str(PLUGINS / "tools" / "describe_layout.py"), *map(str, HEADERS)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pieces = [part.split(')json"')[0] for part in text.split('R"json(')[1:]]
+    layout: dict[str, list[list[str]]] = json.loads("".join(pieces))
+    return layout
+
+
+def test_every_op_has_a_struct_that_the_host_understands() -> None:
+    layout = described()
+    assert set(OPS.values()) == set(layout)
+    for fields in layout.values():
+        assert all("*" in kind or kind in _SCALARS for _, kind in fields)
+
+
+def test_enums_of_host_and_headers_agree() -> None:
+    spec = importlib.util.find_spec("ringexport.kernels.library")
+    assert spec is not None
+    types = (PLUGINS / "include" / "ringkernels" / "types.h").read_text()
+    for number, name in enumerate(("kFloat32", "kFloat16", "kBFloat16", "kFp8E4M3", "kInt8")):
+        assert f"{name} = {number}," in types
+    for number, name in enumerate(("kNone", "kTensor", "kChannel", "kBlock128")):
+        assert f"{name} = {number}," in types
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*PLUGINS.glob("include/**/*.h"), *PLUGINS.glob("kernels/**/*.*")]),
+    ids=lambda path: path.name,
+)
+def test_kernels_know_neither_torch_nor_tensorrt(path: Path) -> None:
+    text = path.read_text()
+    assert not [name for name in FORBIDDEN if name in text]
+    assert len(text.splitlines()) <= 500
+
+
+def test_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match="cannot be loaded") as caught:
+        KernelLibrary.open(tmp_path / "libringkernels.so")
+    assert "cmake" in str(caught.value.hint)

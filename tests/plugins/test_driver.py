@@ -1,0 +1,138 @@
+"""The plugins through TensorRT's own interface: without a GPU, everything but enqueue."""
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringexport.engine.plugins import DEFAULT_LIBRARY, NO_KERNELS, PluginLibrary
+from tests.plugins.cases import CASES, DTYPES, PluginCase
+
+SEED = 20261121
+ULPS = {"bf16": 2.0**-8, "fp16": 2.0**-11}
+MAX_ULPS = 4
+"""Of the largest value: sums in another order, products rounded to the dtype before they are summed
+over the experts, and one more rounding in the output."""
+STATE_RTOL = 1e-5
+
+
+def drive(driver: Path, case: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([driver, case], capture_output=True, text=True, check=False)
+
+
+def make(name: str, dtype: str = "bf16") -> PluginCase:
+    return CASES[name](np.random.default_rng(SEED), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plugin_keeps_its_promises(
+    plugin_driver: Path, host_plugins: Path, tmp_path: Path, name: str
+) -> None:
+    case = make(name)
+    done = drive(plugin_driver, case.write(tmp_path, host_plugins))
+    assert done.returncode == 0, done.stdout
+    aliases = dict(
+        line.removeprefix("alias: ").split()
+        for line in done.stdout.splitlines()
+        if line.startswith("alias: ")
+    )
+    wanted = {"present_state": "3", "present_key": "3", "present_value": "4"}
+    assert all(index == wanted.get(output, "-1") for output, index in aliases.items())
+
+
+def changed(case: PluginCase, **fields: object) -> PluginCase:
+    return replace(case, **fields)
+
+
+def test_wrong_fields_are_refused_in_one_sentence(
+    plugin_driver: Path, host_plugins: Path, tmp_path: Path
+) -> None:
+    case = make("experts-1")
+    attributes = case.attributes
+    for given, message in (
+        ({"num_experts": 32}, "attribute top_k is missing"),
+        (attributes | {"topk": 4}, "attribute 'topk' is not known"),
+        (
+            attributes | {"num_experts": 31},
+            "gate_up_proj has shape [32 64 256], expected [E 2*I D]",
+        ),
+    ):
+        done = drive(plugin_driver, changed(case, attributes=given).write(tmp_path, host_plugins))
+        assert done.returncode == 3
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("log: ")]
+        assert "RingExperts plugin" in line
+        assert message in line
+
+
+def test_a_field_of_another_type_is_refused(
+    plugin_driver: Path, host_plugins: Path, tmp_path: Path
+) -> None:
+    path = make("linear-decode").write(tmp_path, host_plugins)
+    path.write_text(path.read_text().replace("num_heads int 4", "num_heads real 4"))
+    done = drive(plugin_driver, path)
+    assert done.returncode == 3
+    assert "attribute num_heads is float32 x 1, expected one int32" in done.stdout
+
+
+def test_wrong_tensors_are_refused(plugin_driver: Path, host_plugins: Path, tmp_path: Path) -> None:
+    case = make("linear-decode")
+    wrong_type = [*case.inputs[:3], case.inputs[3].astype(np.float16), *case.inputs[4:]]
+    wrong_shape = [case.inputs[0][:, :, :-64], *case.inputs[1:]]
+    for inputs, message in (
+        (wrong_type, "past_state is fp16, expected fp32"),
+        (wrong_shape, "key has shape [3 1 256], expected [B T H*K] with B=3, T=1, H=4, K=48"),
+    ):
+        done = drive(plugin_driver, changed(case, inputs=inputs).write(tmp_path, host_plugins))
+        assert done.returncode == 3, done.stdout
+        assert message in done.stdout
+
+
+def test_fields_of_another_abi_are_refused(
+    plugin_driver: Path, host_plugins: Path, tmp_path: Path
+) -> None:
+    done = drive(plugin_driver, make("router-1").write(tmp_path, host_plugins, "abi 7"))
+    assert done.returncode == 3
+    assert "built with version 7 of the plugins, this library has version 1" in done.stdout
+
+
+def test_a_library_without_kernels_refuses_to_run(host_plugins: Path) -> None:
+    assert PluginLibrary.read(host_plugins).kernels == NO_KERNELS
+
+
+def gpu_library() -> Path:
+    path = Path(os.environ.get("RINGEXPORT_PLUGIN_LIBRARY", DEFAULT_LIBRARY))
+    if not path.is_file() or PluginLibrary.read(path).kernels == NO_KERNELS:
+        pytest.skip(f"no plugin library with kernels at {path}")
+    return path.resolve()
+
+
+def gpu_driver(fallback: pytest.FixtureRequest) -> Path:
+    given = os.environ.get("RINGEXPORT_PLUGIN_DRIVER")
+    return Path(given) if given else fallback.getfixturevalue("plugin_driver")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buffers", ["aliased", "separate"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_plugin_matches_the_contract(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, dtype: str, buffers: str
+) -> None:
+    case = make(name, dtype)
+    lines = ["enqueue"] + (["separate"] if buffers == "separate" else [])
+    done = drive(gpu_driver(request), case.write(tmp_path, gpu_library(), *lines))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for output, (found, expected) in case.results(tmp_path).items():
+        used = case.used.get(output, np.ones(expected.shape, bool))
+        mine, theirs = (array[used].astype(np.float64) for array in (found, expected))
+        if output in case.exact:
+            np.testing.assert_array_equal(mine, theirs, err_msg=output)
+            continue
+        largest = np.abs(theirs).max()
+        is_fp32 = expected.dtype == np.float32
+        bound = STATE_RTOL * 8 if is_fp32 else MAX_ULPS * ULPS[dtype]
+        worst = np.abs(mine - theirs).max()
+        assert worst <= bound * largest, f"{output}: {worst:g} of {largest:g}, bound {bound:g}"
