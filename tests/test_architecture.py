@@ -48,7 +48,17 @@ ALLOWED: dict[str, set[str]] = {
     | {"bundle", "checkpoint", "engine", "graph", "ops", "runtime", "settings"}
     | {"calibrate", "compare", "packing", "quantize", "stats"},
     "cli": LEAVES
-    | {"pipeline", "runtime", "compare", "bundle", "checkpoint", "engine", "ops", "settings"}
+    | {
+        "pipeline",
+        "runtime",
+        "compare",
+        "bundle",
+        "checkpoint",
+        "engine",
+        "kernels",
+        "ops",
+        "settings",
+    }
     | {"quantize", "stats", "batching", "serve", "triton"},
     "": LEAVES | {"runtime"},
     "__main__": {"cli"},

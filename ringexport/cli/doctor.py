@@ -48,7 +48,7 @@ def command(app: App, *, as_json: bool) -> None:
 
     Also lists what killed builds have left in the current directory. Changes nothing.
     """
-    checks = check_machine(app.settings.plugin_library)
+    checks = check_machine(app.settings.plugin_library, app.settings.kernel_library)
     targets = check_targets({check.name: check for check in checks})
     stale = stale_builds()
     if as_json:
@@ -77,11 +77,14 @@ def command(app: App, *, as_json: bool) -> None:
         terminal.result("removes them, or remove them yourself: " + ", ".join(stale))
 
 
-def check_machine(plugin_library: Path | None = None) -> list[Check]:
+def check_machine(
+    plugin_library: Path | None = None, kernel_library: Path | None = None
+) -> list[Check]:
     """Look at Python, packages, drivers, compilers and the disk.
 
     Args:
         plugin_library: of the TensorRT plugins, None for the default place.
+        kernel_library: of the cuda targets, None for the default place.
     """
     return [
         _check_python(),
@@ -94,6 +97,7 @@ def check_machine(plugin_library: Path | None = None) -> list[Check]:
         _check_tensorrt("tensorrt"),
         _check_tensorrt("tensorrt-rtx"),
         _check_plugins(plugin_library),
+        _check_kernels(kernel_library),
         _check_disk(),
     ]
 
@@ -123,16 +127,13 @@ def check_targets(machine: dict[str, Check]) -> list[TargetCheck]:
         reason="the reference of compare, bench and eval" if torch.found else "torch is missing",
         install=torch.install,
     )
-    later = {
-        "onnxruntime:cuda": [machine["NVIDIA GPU"]],
-        "cuda:sm_80/86/89/90/100/120": [machine["NVIDIA GPU"], machine["nvcc"]],
-    }
     return [
         cpu,
         reference,
         _tensorrt_target("tensorrt:sm_..", machine, "tensorrt", ["NVIDIA GPU"]),
         _tensorrt_target("tensorrt-rtx:sm_80/86/89/120", machine, "tensorrt-rtx", []),
-        *(_later(target, needs) for target, needs in later.items()),
+        _cuda_target(machine),
+        _later("onnxruntime:cuda", [machine["NVIDIA GPU"]]),
     ]
 
 
@@ -155,6 +156,21 @@ def _tensorrt_target(
     gpu = machine["NVIDIA GPU"]
     where = "here, if its GPU is the target's" if gpu.found else "on another machine: no GPU here"
     return TargetCheck(target=target, works=True, reason=f"builds bundles; they run {where}")
+
+
+def _cuda_target(machine: dict[str, Check]) -> TargetCheck:
+    """Packing needs nothing but numpy; running needs torch, the kernels and a GPU."""
+    needs = [machine[name] for name in ("NVIDIA GPU", "torch", "CUDA kernels")]
+    missing = [check for check in needs if not check.found]
+    reason = "builds and runs bundles"
+    if missing:
+        reason = "builds bundles; running them needs " + ", ".join(one.name for one in missing)
+    return TargetCheck(
+        target="cuda:sm_80/86/89/90/100/120",
+        works=True,
+        reason=reason,
+        install=missing[0].install if missing else None,
+    )
 
 
 def _later(target: str, needs: list[Check]) -> TargetCheck:
@@ -209,6 +225,22 @@ def _check_tensorrt(name: str) -> Check:
     except importlib.metadata.PackageNotFoundError:
         version = "unknown version"
     return Check(name=name, found=True, detail=f"{version}, module {module}")
+
+
+def _check_kernels(path: Path | None) -> Check:
+    """Load the kernel library, which needs no GPU."""
+    from ringexport.errors import BackendUnavailableError
+    from ringexport.kernels.library import BUILD_HINT, DEFAULT_LIBRARY, OPS, KernelLibrary
+
+    place = path or DEFAULT_LIBRARY
+    if not place.is_file():
+        detail = f"there is no library at {place}"
+        return Check(name="CUDA kernels", found=False, detail=detail, install=BUILD_HINT)
+    try:
+        KernelLibrary.open(place)
+    except BackendUnavailableError as error:
+        return Check(name="CUDA kernels", found=False, detail=error.message, install=error.hint)
+    return Check(name="CUDA kernels", found=True, detail=f"{place}, {len(OPS)} ops")
 
 
 def _check_plugins(path: Path | None) -> Check:

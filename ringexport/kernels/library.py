@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from ringexport.errors import BackendUnavailableError, ShapeError
 
-__all__ = ["DType", "KernelCall", "KernelLibrary", "Prologue", "ScaleKind"]
+__all__ = ["DEFAULT_LIBRARY", "DType", "KernelCall", "KernelLibrary", "Prologue", "ScaleKind"]
 
 OPS = {
     "attention_decode": "AttentionDecodeParams",
@@ -27,6 +27,8 @@ OPS = {
     "sample": "SampleParams",
 }
 BUILD_HINT = "cmake -S plugins -B build/plugins && cmake --build build/plugins"
+DEFAULT_LIBRARY = Path("build") / "plugins" / "libringkernels.so"
+"""Where `BUILD_HINT` puts the library, seen from the repository."""
 
 _SCALARS: dict[str, type[Any]] = {
     "int32_t": ctypes.c_int32,

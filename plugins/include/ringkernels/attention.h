@@ -21,7 +21,7 @@ struct AttentionDecodeParams {
   const int32_t* position;    // [B] tokens already in the cache
   const int32_t* slots;       // [B] or null: row b is slot b; < 0: the row is skipped
   void* output;               // [B, H * K] rows of output_row_stride elements, dtype
-  void* workspace;            // workspace_bytes(), zeroed once by the owner, left zeroed
+  void* workspace;            // workspace_bytes(), zeroed once by the owner, for this op alone
   int64_t workspace_bytes;
   int64_t row_stride;
   int64_t output_row_stride;

@@ -14,7 +14,7 @@ struct RouterParams {
   const float* expert_bias;    // [E] fp32
   int32_t* expert_ids;         // [N, top_k] by falling biased score
   float* routing_weights;      // [N, top_k]
-  void* workspace;             // workspace_bytes(), zeroed once by the owner, left zeroed
+  void* workspace;             // workspace_bytes(), zeroed once by the owner, for this op alone
   int64_t workspace_bytes;
   int32_t tokens;              // N
   int32_t hidden_size;         // D, a multiple of 8
@@ -50,7 +50,7 @@ struct ExpertsParams {
   const void* shared_down;       // [D, J]
   const float* shared_down_scale;
   void* output;                  // [N, D] output_dtype
-  void* workspace;               // workspace_bytes(), zeroed once by the owner, left zeroed
+  void* workspace;               // workspace_bytes(), zeroed once by the owner, for this op alone
   int64_t workspace_bytes;
   int32_t tokens;                // N
   int32_t hidden_size;           // D, a multiple of 128

@@ -21,7 +21,7 @@ struct ProjectionParams {
   const void* weight;          // [N, K] weight_dtype, contiguous
   const float* weight_scale;   // [N] (kChannel), [1] (kTensor), [ceil(N/128), ceil(K/128)] (kBlock128) or null
   void* output;                // [M, N] rows of output_row_stride elements, output_dtype
-  void* workspace;             // workspace_bytes() bytes or null if 0; zeroed once by the owner, left zeroed
+  void* workspace;             // workspace_bytes() bytes or null if 0; zeroed once by the owner, for this op alone
   int64_t workspace_bytes;
   int64_t input_row_stride;
   int64_t gate_row_stride;

@@ -16,7 +16,7 @@ struct SampleParams {
   const int64_t* seed;       // [N]
   const int32_t* position;   // [N] counts the row's draws
   int64_t* tokens;           // [N] written
-  void* workspace;           // workspace_bytes(), zeroed once by the owner, left zeroed
+  void* workspace;           // workspace_bytes(), zeroed once by the owner, for this op alone
   int64_t workspace_bytes;
   int64_t row_stride;        // elements
   int32_t rows;              // N

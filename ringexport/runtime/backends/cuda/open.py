@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ringexport.checkpoint import RingConfig
 from ringexport.errors import BackendUnavailableError
-from ringexport.kernels.library import BUILD_HINT, KernelLibrary
+from ringexport.kernels.library import BUILD_HINT, DEFAULT_LIBRARY, KernelLibrary
 from ringexport.packing.writer import WEIGHTS_FILE
 from ringexport.progress import Progress
 
@@ -19,10 +19,7 @@ except ImportError as error:  # pragma: no cover - the tests' environment has it
         f"the cuda backend needs the package torch: {error}", hint="pip install 'ringexport[gpu]'"
     ) from error
 
-__all__ = ["DEFAULT_LIBRARY", "CudaOptions", "open_packed", "why_not_here"]
-
-DEFAULT_LIBRARY = Path("build") / "plugins" / "libringkernels.so"
-"""Where `BUILD_HINT` puts the kernel library, seen from the repository."""
+__all__ = ["CudaOptions", "open_packed", "why_not_here"]
 
 
 def why_not_here(target: str, library: Path | None) -> tuple[str, str] | None:

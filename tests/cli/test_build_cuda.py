@@ -1,0 +1,49 @@
+"""Bundles for the cuda targets: built anywhere, run where the GPU is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.cli.conftest import Call, assert_refused
+
+RING_NANO = Path(__file__).parents[2] / "models" / "ring-nano"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"), [("bf16", "BF16"), ("fp8", "F8_E4M3"), ("fp8-block", "F8_E4M3")]
+)
+def test_build_packs_the_weights(call: Call, tmp_path: Path, recipe: str, dtype: str) -> None:
+    out = tmp_path / "bundle"
+    called = call("build", RING_NANO, "-o", out, "--target", "cuda:sm_90", "--recipe", recipe)
+    assert called.code == 0, called.err
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["build"]["compute_dtype"] == "bf16"
+    target = manifest["targets"]["cuda:sm_90"]
+    assert target["files"] == {"weights": "targets/cuda-sm_90/weights.safetensors"}
+    with safe_open(out / target["files"]["weights"], framework="pt") as file:
+        assert file.get_slice("layers.1.experts.gate_up").get_dtype() == dtype
+        assert file.get_slice("layers.1.router").get_dtype() == "F32"
+        assert file.get_slice("lm_head").get_dtype() == "BF16"
+    assert call("inspect", out).code == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_run_says_what_is_missing(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    assert call("build", RING_NANO, "-o", out, "--target", "cuda:sm_90").code == 0
+    assert_refused(call("run", out, "x"), 4, "torch sees no CUDA device")
+    assert_refused(call("run", out, "x", "--backend", "cuda:sm_90"), 4, "NVIDIA GPU")
+
+
+def test_one_bundle_holds_several_targets(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    targets = ("--target", "cuda:sm_90", "--target", "onnxruntime:cpu")
+    assert call("build", RING_NANO, "-o", out, *targets, "--recipe", "bf16").code == 0
+    called = call("run", out, "def f(", "--max-new-tokens", "4", "--json")
+    assert called.code == 0, called.err
+    assert called.json["backend"] == (
+        "cuda:sm_90" if torch.cuda.is_available() else "onnxruntime:cpu"
+    )
