@@ -13,6 +13,7 @@ BUNDLE ?= bundles/ring-nano
 PROMPT ?= def read_config(path):
 
 ARCHITECTURES ?= 80;86;89;90a;100;120
+JOBS ?= $(shell nproc)
 
 .PHONY: setup demo test check docs plugins clean
 
@@ -42,7 +43,7 @@ docs: setup
 
 plugins: setup
 	cmake -S plugins -B build/plugins -DPython3_EXECUTABLE="$(abspath $(BIN))/python" "-DRINGEXPORT_CUDA_ARCHITECTURES=$(ARCHITECTURES)"
-	cmake --build build/plugins --parallel
+	cmake --build build/plugins --parallel $(JOBS)
 
 clean:
 	rm -rf $(VENV) bundles build .pytest_cache .mypy_cache .ruff_cache

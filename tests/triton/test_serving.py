@@ -1,8 +1,11 @@
 """Serving without a server: parameters, replies and the check of numpy, with a made-up Triton."""
 
+import gc
 import json
 import threading
+import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +155,32 @@ def test_a_client_learns_no_path_of_the_server() -> None:
     assert "chat template" in response.error.message
     assert "secret" not in response.error.message
     assert "/srv/secret" in WARNINGS[-1]
+
+
+def _fail(reply: Reply) -> None:
+    try:
+        int(f"no number: {reply}")
+    except ValueError as error:
+        failure = ConfigError(str(error))
+        failure.__context__ = error  # whose traceback holds this frame, and with it the reply
+        reply.fail(failure)
+
+
+def test_an_answered_request_is_freed_at_once() -> None:
+    """Triton unloads a model only when nothing holds its requests."""
+    outbox, sender = Outbox(API), Sender()
+    reply = Reply(API, sender, outbox)
+    reply.on_end = partial(print, reply)  # as the model does, which names the reply
+    freed = weakref.ref(reply)
+    gc.disable()
+    try:
+        _fail(reply)
+        outbox.close()
+        assert sender.sent
+        del reply
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_a_bug_in_a_request_is_answered_and_leaves_its_session() -> None:

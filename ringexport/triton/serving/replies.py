@@ -95,8 +95,12 @@ class Reply:
         self._enqueue()
 
     def fail(self, error: RingExportError) -> None:
-        """End the request, which never ran, with an error."""
-        self._end = error
+        """End the request, which never ran, with an error.
+
+        Triton unloads a model only when all requests are freed, so the error may not hold frames.
+        """
+        self._end = error.with_traceback(None)
+        error.__cause__ = error.__context__ = None
         self._enqueue()
 
     def end_session(self) -> None:
@@ -106,8 +110,9 @@ class Reply:
 
     def cancel(self) -> None:
         """End the request soon; nothing happens if it has not been taken on, or has ended."""
-        if self.ticket is not None:
-            self.ticket.cancel()
+        ticket = self.ticket
+        if ticket is not None:
+            ticket.cancel()
 
     def poll(self) -> None:
         """Cancel the request if its client has."""
@@ -129,10 +134,14 @@ class Reply:
                 self._sender.send(self._response(texts, ids))
                 return
             self._closed = True
-            self._sender.send(
-                self._last_response(texts, ids, end),
-                flags=self._api.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-            )
+            try:
+                self._sender.send(
+                    self._last_response(texts, ids, end),
+                    flags=self._api.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
+                )
+            finally:  # not when the garbage collector comes: Triton waits for it to unload
+                self._sender = self.ticket = None
+                self.on_end = _nothing
 
     def _enqueue(self) -> None:
         with self._lock:
