@@ -1,11 +1,11 @@
 """Time GPU work as an engine runs it: inside a CUDA graph, medians, weights not in the L2."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-__all__ = ["median_us", "rotating"]
+__all__ = ["median_us", "print_rows", "rotating"]
 
 _REPEATS = 15
 
@@ -44,3 +44,10 @@ def median_us(steps: Sequence[Callable[[], None]], *, replays: int = 20) -> floa
 def rotating(nbytes: int, *, l2_bytes: int = 60 << 20, at_least: int = 1) -> int:
     """Return how many copies of `nbytes` of data are needed so that none is found in the L2."""
     return max(at_least, -(-3 * l2_bytes // max(nbytes, 1)))
+
+
+def print_rows(rows: Iterable[Mapping[str, object]]) -> None:
+    """Print each row of a benchmark as soon as it is there."""
+    for row in rows:
+        cells = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+        print("  ".join(cells), flush=True)

@@ -1,6 +1,7 @@
 """Time every kernel of plugins/ beside torch or flash-linear-attention: one table.
 
-    RINGEXPORT_KERNEL_LIBRARY=build/plugins/libringkernels.so python benchmarks/kernels.py [--docs]
+    export RINGEXPORT_KERNEL_LIBRARY=build/plugins/libringkernels.so
+    PYTHONPATH=. python benchmarks/kernels.py [--docs]
 
 Each family has a module of its own (kernels_*.py), which checks results before it times them.
 """

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_timing import median_us, rotating
+from benchmarks.gpu_timing import median_us, print_rows, rotating
 from tests.kernels.support import DTYPES, library, workspace
 
 READ_RATE = 4.59e12
@@ -102,15 +102,5 @@ def rows() -> list[dict[str, object]]:
     return found
 
 
-def main() -> None:
-    """Print the table."""
-    for row in rows():
-        print(
-            "  ".join(
-                f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()
-            )
-        )
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(rows())

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.gpu_timing import median_us
+from benchmarks.gpu_timing import median_us, print_rows
 from ringexport.kernels.library import KernelCall, ScaleKind
 from tests.kernels.support import DTYPES, library, workspace
 
@@ -138,15 +138,5 @@ def rows() -> list[dict[str, object]]:
     return found
 
 
-def main() -> None:
-    """Print the table."""
-    for row in rows():
-        print(
-            "  ".join(
-                f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()
-            )
-        )
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(rows())

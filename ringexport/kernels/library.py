@@ -60,11 +60,10 @@ class Prologue:
 
 
 class KernelCall:
-    """One op with its parameters, checked and ready to launch; launch it as often as needed.
+    """One op with its parameters, ready to launch, which checks them; launch it as often as needed.
 
     Attributes:
         op: name of the op.
-        workspace_bytes: what it needs in `workspace`.
     """
 
     def __init__(self, library: "KernelLibrary", op: str, fields: dict[str, Any]) -> None:
@@ -73,7 +72,6 @@ class KernelCall:
         self._params = library.pack(op, fields)
         self._address = ctypes.byref(self._params)
         self._launch = library.function(op, "launch")
-        self.workspace_bytes = int(library.function(op, "workspace_bytes")(self._address))
 
     def launch(self, stream: int = 0) -> None:
         """Start the kernel on a CUDA stream (its handle as an integer).
@@ -138,11 +136,11 @@ class KernelLibrary:
             ShapeError: a field that the op does not have, or a value that does not fit it.
         """
         struct = self._structs[OPS[op]]
-        kinds = dict(struct._fields_)  # type: ignore[arg-type]
         params = struct()
         for name, value in fields.items():
-            if name not in kinds:
-                raise ShapeError(f"{op} has no parameter {name!r}", hint=", ".join(kinds))
+            if not hasattr(struct, name):
+                names = ", ".join(field[0] for field in struct._fields_)
+                raise ShapeError(f"{op} has no parameter {name!r}", hint=names)
             number = value.data_ptr() if hasattr(value, "data_ptr") else value
             try:
                 setattr(params, name, number)

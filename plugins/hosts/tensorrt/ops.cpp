@@ -13,6 +13,15 @@ namespace ringplugins {
 
 namespace {
 
+// TensorRT hands out the workspace anew each time; kernels want theirs zeroed.
+template <typename Params>
+void launch_cleared(OpContract const& contract, Params params, void* workspace, size_t bytes, cudaStream_t stream) {
+  params.workspace = workspace;
+  params.workspace_bytes = static_cast<int64_t>(bytes);
+  clear(contract, workspace, bytes, stream);
+  check(contract, ringkernels::launch(params, stream));
+}
+
 constexpr size_t kAlignment = 256;
 
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -45,11 +54,7 @@ class LinearAttentionOp final : public OpWith<LinearAttentionOp, LinearAttention
       check(contract_, ringkernels::launch(decode_params(call), stream));
       return;
     }
-    auto params = prefill_params(call);
-    params.workspace = workspace;
-    params.workspace_bytes = static_cast<int64_t>(bytes);
-    clear(contract_, workspace, bytes, stream);
-    check(contract_, ringkernels::launch(params, stream));
+    launch_cleared(contract_, prefill_params(call), workspace, bytes, stream);
   }
 
  private:
@@ -232,11 +237,7 @@ class RouterOp final : public OpWith<RouterOp, RouterAttributes> {
   size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
 
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
-    auto launched = params(call);
-    launched.workspace = workspace;
-    launched.workspace_bytes = static_cast<int64_t>(bytes);
-    clear(contract_, workspace, bytes, stream);
-    check(contract_, ringkernels::launch(launched, stream));
+    launch_cleared(contract_, params(call), workspace, bytes, stream);
   }
 
  private:
@@ -280,11 +281,7 @@ class ExpertsOp final : public OpWith<ExpertsOp, ExpertsAttributes> {
   size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
 
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
-    auto launched = params(call);
-    launched.workspace = workspace;
-    launched.workspace_bytes = static_cast<int64_t>(bytes);
-    clear(contract_, workspace, bytes, stream);
-    check(contract_, ringkernels::launch(launched, stream));
+    launch_cleared(contract_, params(call), workspace, bytes, stream);
   }
 
  private:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringexport.kernels.library import DType, KernelLibrary
+from ringexport.kernels.library import DType, KernelCall, KernelLibrary
 from ringexport.runtime.backends.cuda.weights import DeviceMatrix
 
 __all__ = ["Activations", "Kernels", "Rotary"]
@@ -74,7 +74,7 @@ class Kernels:
         if op in _WITH_WORKSPACE:
             self._add_workspace(op, fields)
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        self._library.call(op, **fields).launch(stream)
+        KernelCall(self._library, op, fields).launch(stream)
         self.launches += 1
 
     def _add_workspace(self, op: str, fields: dict[str, Any]) -> None:
@@ -93,11 +93,6 @@ class Kernels:
     def reserve(self, op: str, **fields: Any) -> None:
         """Make the workspace of an op now: memory must not move once a graph has captured it."""
         self._add_workspace(op, fields)
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Bytes of all workspaces."""
-        return sum(t.nbytes for t in (*self._workspaces.values(), *self._retired))
 
     def rms_norm(
         self,

@@ -97,9 +97,6 @@ class DeviceWeights:
         scale = self._tensors.get(name + ".scale")
         return DeviceMatrix(self._tensors[name], scale, self._formats[name])
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
