@@ -8,6 +8,10 @@ namespace {
 using attention::Workspace;
 
 constexpr int kDefaultBlockSlots = 264;  // where no GPU can be asked
+// Counters have a place of their own: they stay zero whatever batch the next launch has. More pairs than that
+// give every block of any GPU work without a split.
+constexpr int kCounters = 16384;
+constexpr int64_t kCounterBytes = kCounters * sizeof(int);
 
 int64_t round_up(int64_t value) { return (value + 15) / 16 * 16; }
 
@@ -23,10 +27,12 @@ int block_slots() {
 
 // The largest number of parts over all choices of the split.
 int64_t max_parts(int pairs) {
+  if (pairs > kCounters) return pairs;
   return static_cast<int64_t>(pairs) * attention::max_splits(pairs, block_slots());
 }
 
 int choose(const AttentionDecodeParams& p) {
+  if (p.batch * p.num_kv_heads > kCounters) return 1;
   const int tokens = 4096 / (p.head_dim * static_cast<int>(size_of(p.cache_dtype)));
   return attention::choose_splits((p.max_context + tokens - 1) / tokens, p.batch * p.num_kv_heads,
                                   block_slots());
@@ -37,7 +43,7 @@ Workspace carve(const AttentionDecodeParams& p) {
   char* at = static_cast<char*>(p.workspace);
   Workspace workspace;
   workspace.counters = reinterpret_cast<int*>(at);
-  at += round_up(pairs * sizeof(int));
+  at += kCounterBytes;
   workspace.maxima = reinterpret_cast<float2*>(at);
   at += round_up(max_parts(pairs) * group * sizeof(float2));
   workspace.outputs = reinterpret_cast<float*>(at);
@@ -105,7 +111,7 @@ size_t workspace_bytes(const AttentionDecodeParams& p) {
   if (p.num_kv_heads <= 0 || p.batch <= 0) return 16;
   const int pairs = p.batch * p.num_kv_heads, group = p.num_heads / p.num_kv_heads;
   const int64_t parts = max_parts(pairs) * group;
-  return round_up(pairs * sizeof(int)) + round_up(parts * sizeof(float2)) +
+  return kCounterBytes + round_up(parts * sizeof(float2)) +
          parts * p.head_dim * sizeof(float);
 }
 

@@ -60,6 +60,7 @@ ExpertsPlan plan_experts(const ExpertsParams& p, bool sorted) {
   const int width = widest(p);
   const int64_t routed = (int64_t)p.tokens * p.top_k, pairs = (int64_t)p.tokens * choices_of(p);
   uint8_t* base = static_cast<uint8_t*>(p.workspace);
+  plan.bytes = kGroupedCounterBytes;
   auto take = [&](size_t bytes) {
     uint8_t* start = base + plan.bytes;
     plan.bytes += (bytes + 255) / 256 * 256;

@@ -56,7 +56,7 @@ Workspace carve(const ExpertsParams& p) {
   };
   const int64_t pairs = static_cast<int64_t>(p.tokens) * p.top_k;
   const int64_t groups = p.num_experts + 2;
-  take(w.counter, sizeof(int32_t));
+  take(w.counter, kGroupedCounterBytes);
   take(w.rank, pairs * 4);
   take(w.block_first, (pairs + kSortThreads - 1) / kSortThreads * p.num_experts * 4);
   take(w.rows, groups * 4);

@@ -6,6 +6,10 @@
 
 namespace ringkernels {
 
+// The start of the workspace: a counter that this path leaves at zero and expects to find there, whatever
+// other paths have run on the same workspace in between. They write behind it.
+constexpr int kGroupedCounterBytes = 1024;
+
 // Whether this path serves the given shape, number formats and scales. Pointers may be missing.
 bool grouped_experts_supports(const ExpertsParams& params);
 size_t grouped_experts_workspace_bytes(const ExpertsParams& params);
