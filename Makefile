@@ -3,6 +3,7 @@
 # make check  set everything up and run lint, format and type checks
 # make docs   regenerate the reference pages from the code
 # make plugins  compile the CUDA kernels and the TensorRT plugins; needs nvcc, no GPU; ARCHITECTURES=90a for one only
+# make sanitize   run the kernel tests under compute-sanitizer; needs a GPU and the library of `make plugins`
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PROMPT ?= def read_config(path):
 ARCHITECTURES ?= 80;86;89;90a;100;120
 JOBS ?= $(shell nproc)
 
-.PHONY: setup demo test check docs plugins clean
+.PHONY: setup demo test check docs plugins sanitize clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +45,9 @@ docs: setup
 plugins: setup
 	cmake -S plugins -B build/plugins -DPython3_EXECUTABLE="$(abspath $(BIN))/python" "-DRINGEXPORT_CUDA_ARCHITECTURES=$(ARCHITECTURES)"
 	cmake --build build/plugins --parallel $(JOBS)
+
+sanitize: setup
+	$(BIN)/python benchmarks/sanitize.py
 
 clean:
 	rm -rf $(VENV) bundles build .pytest_cache .mypy_cache .ruff_cache

@@ -19,6 +19,7 @@ def median_us(steps: Sequence[Callable[[], None]], *, replays: int = 20) -> floa
         replays: graph launches per timing.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # where the steps' data is being made
     with torch.cuda.stream(stream):
         for step in steps:
             step()

@@ -15,6 +15,7 @@ import kernels_grouped
 import kernels_linear_attention
 import kernels_moe
 import kernels_norm
+import kernels_prefill
 import kernels_projection
 from tables import markdown, replace
 
@@ -25,6 +26,7 @@ FAMILIES = (
     kernels_projection,
     kernels_attention,
     kernels_norm,
+    kernels_prefill,
 )
 HEADER = ("op", "shape", "us", "of the limit", "torch or FLA, us")
 

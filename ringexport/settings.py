@@ -7,7 +7,13 @@ from pathlib import Path
 
 from ringexport.errors import ConfigError
 
-__all__ = ["Settings", "forbid_onnxruntime_telemetry", "load_settings"]
+__all__ = [
+    "Settings",
+    "Toolchain",
+    "forbid_onnxruntime_telemetry",
+    "load_settings",
+    "load_toolchain",
+]
 
 VARIABLES = {
     "RINGEXPORT_THREADS": "threads per operation of CPU backends; default: all physical cores",
@@ -39,6 +45,37 @@ class Settings:
     plugin_library: Path | None = None
     api_key: str | None = field(default=None, repr=False)
     color: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Toolchain:
+    """Where the variables of CUDA and TensorRT point, which CMake reads to compile plugins/.
+
+    Attributes:
+        nvcc: CUDACXX, which leaves no other choice.
+        cuda_roots: CUDA_HOME, CUDA_PATH and the toolkit's usual place.
+        tensorrt_roots: TENSORRT_ROOT and the system's prefixes.
+    """
+
+    nvcc: str | None
+    cuda_roots: tuple[Path, ...]
+    tensorrt_roots: tuple[Path, ...]
+
+
+def load_toolchain(environ: Mapping[str, str] | None = None) -> Toolchain:
+    """Read the variables that others have defined.
+
+    Args:
+        environ: read instead of the environment of the process.
+    """
+    values = os.environ if environ is None else environ
+    cuda = [values.get("CUDA_HOME"), values.get("CUDA_PATH"), "/usr/local/cuda"]
+    tensorrt = [values.get("TENSORRT_ROOT"), "/usr/local", "/usr"]
+    return Toolchain(
+        nvcc=values.get("CUDACXX") or None,
+        cuda_roots=tuple(Path(root) for root in cuda if root),
+        tensorrt_roots=tuple(Path(root) for root in tensorrt if root),
+    )
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:

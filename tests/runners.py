@@ -14,6 +14,7 @@ from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot
 
 __all__ = [
     "BACKENDS",
+    "CUDA_SHAPE",
     "FakeRunner",
     "FakeState",
     "export_tiny_graph",
@@ -22,28 +23,48 @@ __all__ = [
     "skip_if_missing",
 ]
 
-BACKENDS = ("torch", "onnxruntime:cpu", "tensorrt-rtx:fake")
-"""The last one is the runner of TensorRT targets over tests/fake_trt.py."""
+BACKENDS = (
+    "torch",
+    "onnxruntime:cpu",
+    "onnxruntime:cuda",
+    "onnxruntime:cuda:fake",
+    "tensorrt-rtx:fake",
+)
+"""The fakes are the runners of GPU targets over memory of the host (tests/fake_trt.py)."""
+CUDA_SHAPE = {
+    "hidden_size": 128,
+    "head_dim": 64,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 8,
+    "n_group": 2,
+    "topk_group": 2,
+}
+"""Sizes that the kernels serve. All experts are chosen: a choice that hangs on the last bits, as
+it does for random weights in bf16, would make logits of one token differ at random."""
+CUDA_ROWS = 320
 DIGEST = "d" * 64
 MAX_CHECKED = 5000
 """Tokens of a row that a `FakeRunner` computes its hash of anew in every call."""
 
 
 def skip_if_missing(backend: str) -> None:
-    """Skip the test with the reason if `backend` cannot run here."""
+    """Skip the test with the reason if `backend` cannot run here; "cuda" has the marker gpu."""
+    if backend == "cuda":
+        return
     known = {info.name: info.missing for info in available_backends()}
-    backend = backend.replace("tensorrt-rtx:fake", "onnxruntime:cpu")
+    backend = "onnxruntime:cpu" if backend.endswith(":fake") else backend
     if known[backend] is not None:
         pytest.skip(f"{backend} cannot run here: {known[backend]}")
 
 
-def export_tiny_graph(checkpoint: Path, directory: Path) -> Path:
+def export_tiny_graph(checkpoint: Path, directory: Path, provider: str = "cpu") -> Path:
     """Write the checkpoint's graph into a new directory."""
     from ringexport.graph.export import export_graph
 
     directory.mkdir(parents=True)
     with CheckpointWeights.open(checkpoint) as weights:
-        export_graph(weights, directory)
+        export_graph(weights, directory, provider=provider)
     return directory
 
 
@@ -59,8 +80,12 @@ def open_test_runner(
         )
     if backend == "tensorrt-rtx:fake":
         return _open_fake_engine(graph, prefill_chunk)
+    if backend == "cuda":
+        return _open_cuda(checkpoint, prefill_chunk)
     from ringexport.runtime.backends.ort import OrtOptions, OrtRunner
 
+    if backend.startswith("onnxruntime:cuda"):
+        return _open_ort_cuda(backend, checkpoint, graph, prefill_chunk)
     return OrtRunner(
         graph,
         context_length=4096,
@@ -69,11 +94,59 @@ def open_test_runner(
     )
 
 
+def _open_cuda(checkpoint: Path, prefill_chunk: int) -> Runner:
+    """Pack the checkpoint beside it, once, and open the fast engine over it."""
+    from ringexport.packing.writer import write_packed
+    from ringexport.runtime.backends.cuda.open import CudaOptions, open_packed
+    from ringexport.settings import load_settings
+
+    directory = checkpoint.with_name(checkpoint.name + "-packed")
+    if not directory.exists():
+        directory.mkdir()
+        with CheckpointWeights.open(checkpoint) as weights:
+            write_packed(weights, directory)
+    return open_packed(
+        directory,
+        checkpoint / "config.json",
+        library=load_settings().kernel_library,
+        model_digest=lambda: DIGEST,
+        options=CudaOptions(max_batch=CUDA_ROWS, prefill_chunk=prefill_chunk),
+    )
+
+
+def _open_ort_cuda(backend: str, checkpoint: Path, graph: Path, prefill_chunk: int) -> Runner:
+    """Open the runner of onnxruntime:cuda on a GPU, or its fake: on the CPU's provider."""
+    from ringexport.runtime.backends.ort_cuda import OrtCudaRunner
+    from ringexport.runtime.backends.ort_session import OrtOptions
+    from tests.fake_trt import FakeCuda
+
+    directory = graph.parent / "ort-cuda"
+    if not directory.is_dir():
+        export_tiny_graph(checkpoint, directory, "cuda")
+    fake = backend.endswith(":fake")
+    return OrtCudaRunner(
+        directory,
+        context_length=4096,
+        model_digest=lambda: DIGEST,
+        options=OrtOptions(
+            provider="cpu" if fake else "cuda",
+            threads=1,
+            spin=False,
+            prefill_chunk=prefill_chunk,
+            cuda_graph=not fake,
+        ),
+        cuda=FakeCuda() if fake else None,
+    )
+
+
 def _open_fake_engine(graph: Path, prefill_chunk: int) -> Runner:
+    from ringexport.engine.table import EngineTable
     from ringexport.runtime.backends.trt import TrtLimits, TrtRunner
     from tests.fake_trt import FakeCuda, fake_tensorrt
 
     (graph / "engine.plan").write_bytes(b"engine")
+    table = EngineTable(target="fake", versions={}, profile="", engine_bytes=6, counts={})
+    table.write(graph / "layers.json", ())
     limits = TrtLimits(
         context_length=4096,
         decode_rows=64,

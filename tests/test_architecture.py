@@ -44,6 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "serve": LEAVES | {"batching", "runtime", "bundle"},
     "triton": LEAVES | {"bundle", "runtime", "batching"},
     "compare": LEAVES | {"runtime", "ops"},
+    "compare.gpu": LEAVES
+    | {"compare", "runtime", "checkpoint", "kernels", "model", "ops", "packing"},
     "pipeline": LEAVES
     | {"bundle", "checkpoint", "engine", "graph", "ops", "runtime", "settings"}
     | {"calibrate", "compare", "packing", "quantize", "stats"},

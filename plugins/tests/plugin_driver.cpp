@@ -7,6 +7,7 @@
 //   attribute NAME int|real VALUE     as often as needed
 //   input NAME DTYPE D0,D1,.. FILE    raw bytes, in order
 //   output NAME DTYPE D0,D1,.. FILE   what is expected, and where the bytes go
+//   profile NAME D0,D1,..             largest shape of this tensor in the profile that the workspace is asked for
 //   separate                          outputs never share the buffer of an input
 //   enqueue                           run on the GPU; without this line nothing of CUDA is called
 //   abi NUMBER                        pretend that the serialized fields have this ABI
@@ -98,6 +99,7 @@ struct TensorCase {
   std::string name;
   DataType type;
   Dims dims{};
+  Dims largest{};
   std::string file;
 
   size_t bytes() const {
@@ -111,7 +113,7 @@ struct TensorCase {
   }
   PluginTensorDesc desc() const { return {dims, type, TensorFormat::kLINEAR, 1.0F}; }
   DynamicPluginTensorDesc dynamic_desc() const {
-    DynamicPluginTensorDesc result{desc(), dims, dims, dims};
+    DynamicPluginTensorDesc result{desc(), dims, largest, dims};
     return result;
   }
 };
@@ -127,6 +129,17 @@ struct Case {
   bool separate = false;
   bool enqueue = false;
   int32_t abi = 0;
+
+  TensorCase& tensor(std::string const& name) {
+    for (auto* list : {&inputs, &outputs}) {
+      for (auto& found : *list) {
+        if (found.name == name) {
+          return found;
+        }
+      }
+    }
+    throw std::runtime_error("no tensor " + name);
+  }
 };
 
 DataType type_of(std::string const& name) {
@@ -136,17 +149,22 @@ DataType type_of(std::string const& name) {
   return kTypes.at(name);
 }
 
+Dims read_shape(std::string const& text) {
+  Dims dims{};
+  std::istringstream sizes(text);
+  for (std::string part; std::getline(sizes, part, ',');) {
+    dims.d[dims.nbDims++] = std::stoll(part);
+  }
+  return dims;
+}
+
 TensorCase read_tensor(std::istringstream& line) {
-  std::string name;
   std::string type;
   std::string shape;
   TensorCase tensor{};
   line >> tensor.name >> type >> shape >> tensor.file;
   tensor.type = type_of(type);
-  std::istringstream sizes(shape);
-  for (std::string part; std::getline(sizes, part, ',');) {
-    tensor.dims.d[tensor.dims.nbDims++] = std::stoll(part);
-  }
+  tensor.dims = tensor.largest = read_shape(shape);
   return tensor;
 }
 
@@ -175,6 +193,10 @@ Case read_case(char const* path) {
       result.inputs.push_back(read_tensor(line));
     } else if (kind == "output") {
       result.outputs.push_back(read_tensor(line));
+    } else if (kind == "profile") {
+      std::string shape;
+      line >> name >> shape;
+      result.tensor(name).largest = read_shape(shape);
     } else if (kind == "separate") {
       result.separate = true;
     } else if (kind == "enqueue") {

@@ -2,11 +2,18 @@
 
 A prompt is read into a state of its own, and joins the others when it is complete: what goes wrong
 in it is lost alone, and its logits do not depend on what runs beside it.
+
+With an asynchronous chooser the loop is one step behind: it takes over the tokens of a step while
+the next one runs already. A request that turns out to have ended loses the token that was chosen
+for it meanwhile.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+
+import numpy as np
 
 from ringexport.batching.chunks import ChunkRule
 from ringexport.batching.options import BatchingOptions, BatchingStats
@@ -14,8 +21,10 @@ from ringexport.batching.pool import RowPool
 from ringexport.batching.prefix_cache import PrefixCache
 from ringexport.batching.request import Request, guarded
 from ringexport.errors import RingExportError
+from ringexport.runtime.choosing import ChosenTokens, PendingTokens, TokenChoice, chooser_of
 from ringexport.runtime.generation import GenerationResult
-from ringexport.runtime.runner import Logits, Runner
+from ringexport.runtime.runner import Runner
+from ringexport.runtime.state import DecodeState
 
 __all__ = ["Loop"]
 
@@ -25,6 +34,38 @@ COUNTS = (
     *("steps", "decode_steps", "prompt_tokens", "cached_tokens", "generated_tokens"),
     *("cache_hits", "cache_misses"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a request finds its token among those of a step.
+
+    Attributes:
+        request: whose token it is.
+        row: of the step.
+        position: tokens that the request's state has seen after the step.
+        attempt: of the request when the step was started; a later one wants nothing of it.
+    """
+
+    request: Request
+    row: int
+    position: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was started.
+
+    Attributes:
+        tokens: what it chooses.
+        places: of the requests that take part.
+        decodes: it is no step that read prompts.
+    """
+
+    tokens: PendingTokens
+    places: Sequence[_Place]
+    decodes: bool
 
 
 class Loop:
@@ -46,11 +87,14 @@ class Loop:
     def __init__(self, runner: Runner, options: BatchingOptions, markers: Iterable[int]) -> None:
         self._runner = runner
         self._options = options
-        longest = min(options.token_budget, runner.spec.prefill_chunk)
+        self._chooser = chooser_of(runner)
+        self._budget = options.token_budget or runner.spec.token_budget
+        longest = min(self._budget, runner.spec.prefill_chunk)
         self._rule = ChunkRule(frozenset(markers), longest)
         self.rows = min(options.max_batch, runner.spec.max_batch or options.max_batch)
         self._pool = RowPool(runner, self.rows)
         self._counts = Counter(dict.fromkeys(COUNTS, 0))
+        self._started: deque[_Step] = deque()
         self.waiting: deque[Request] = deque()
         self.reading: deque[Request] = deque()
         self.running: list[Request] = []
@@ -59,7 +103,7 @@ class Loop:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.waiting or self.reading or self.running)
+        return bool(self.waiting or self.reading or self.running or self._started)
 
     @property
     def ended(self) -> int:
@@ -91,7 +135,7 @@ class Loop:
     def end_all(self, error: RingExportError) -> None:
         """Fail every request."""
         requests = [*self.running, *self.reading, *self.waiting]
-        for queue in (self.running, self.reading, self.waiting):
+        for queue in (self.running, self.reading, self.waiting, self._started):
             queue.clear()
         self._pool.drop()
         for request in requests:
@@ -110,7 +154,9 @@ class Loop:
 
     def _read_prompts(self) -> None:
         """Read chunks in turn, until one more would exceed the budget."""
-        left = self._options.token_budget
+        left = self._budget
+        if self._chooser.asynchronous and not self._options.prefix_cache_bytes:
+            left = self._read_together(left)
         while self.reading:
             request = self.reading[0]
             size = guarded(partial(self._open, request))
@@ -119,13 +165,50 @@ class Loop:
             self.reading.popleft()
             if isinstance(size, int):
                 left -= size
-                error = guarded(partial(self._read, request, size))
+                error = guarded(partial(self._read, [request], [size], request.state))
             else:
                 error = size
             if error is not None:
                 self._fail(request, error)
             elif request.phase == "reading":
                 self.reading.append(request)
+
+    def _read_together(self, left: int) -> int:
+        """Read chunks of several prompts in one call, which no cache asks to be read one by one.
+
+        Returns:
+            What is left of the budget; 0 unless those that wait have to be read alone.
+        """
+        requests: list[Request] = []
+        sizes: list[int] = []
+        while left and self.reading and not self.reading[0].suspect:
+            requests.append(self.reading.popleft())
+            sizes.append(min(len(requests[-1].tokens) - requests[-1].read, left))
+            left -= sizes[-1]
+        if requests:
+            error = guarded(partial(self._read_rows, requests, sizes))
+            lost = [request for request in requests if request.phase == "reading"]
+            if error is not None and len(requests) == 1:
+                self._fail(requests[0], error)
+            elif error is not None:
+                self._recover(lost, error)
+            else:
+                self.reading.extend(lost)
+        return left
+
+    def _read_rows(self, requests: list[Request], sizes: list[int]) -> None:
+        """Read chunks into the rows of one state; prompts that go on get one of their own again."""
+        state = self._runner.new_state(len(requests))
+        for row, request in enumerate(requests):
+            if request.state is None:
+                request.row.start()
+            else:
+                state.move_rows([row], request.state, [0])
+        self._read(requests, sizes, state)
+        for row, request in enumerate(requests):
+            if request.phase == "reading":
+                request.state = self._runner.new_state(1)
+                request.state.move_rows([0], state, [row])
 
     def _open(self, request: Request) -> int:
         """Take over the longest cached prefix; return the size of the chunk to read next."""
@@ -143,62 +226,122 @@ class Loop:
                 request.read = request.node.end
         return self._rule.stop(request.tokens, request.read) - request.read
 
-    def _read(self, request: Request, size: int) -> None:
-        """Read a chunk; behind the last one, choose a token and join those that run."""
-        assert request.state is not None
-        stop = request.read + size
-        chunk = request.tokens[request.read : stop]
-        logits = self._runner.prefill([chunk], None, request.state)
-        if request.node is not None:
-            request.node = self.cache.add(request.node, request.tokens, stop, request.state)
-        request.read = stop
-        if stop < len(request.tokens):
-            return
+    def _read(
+        self, requests: Sequence[Request], sizes: Sequence[int], state: DecodeState | None
+    ) -> None:
+        """Read chunks; behind the last one of a prompt choose a token, and join those that run.
+
+        Args:
+            requests: whose prompts are read.
+            sizes: of the chunks.
+            state: with a row for each.
+        """
+        assert state is not None
+        stops = [one.read + size for one, size in zip(requests, sizes, strict=True)]
+        tokens = np.zeros((len(requests), max(sizes)), dtype=np.int64)
+        for row, request in enumerate(requests):
+            tokens[row, : sizes[row]] = request.tokens[request.read : stops[row]]
+        choices = [_choice(one, stop) for one, stop in zip(requests, stops, strict=True)]
+        chosen = self._chooser.choose_prefill(tokens, sizes, state, choices)
+        places = []
+        for row, request in enumerate(requests):
+            if request.node is not None:
+                request.node = self.cache.add(request.node, request.tokens, stops[row], state)
+            request.read = stops[row]
+            if choices[row] is not None:
+                places.append(self._place(request, row, stops[row]))
+        if places:
+            self._started.append(_Step(chosen, places, decodes=False))
+        if not self._chooser.asynchronous:
+            self._take_over(0)
+        for row, request in enumerate(requests):
+            if request.read == len(request.tokens):
+                self._join(request, state, row)
+
+    def _join(self, request: Request, state: DecodeState, row: int) -> None:
+        """Let a request whose prompt was read run, unless it has ended already."""
         if not request.suspect:
             self._count_prompt(request)
         if request.row.params.max_new_tokens == 0:
             request.row.finish("length")
-        else:
-            self._accept(request, logits[0], stop)
-        if request.row.stop_reason is None:
-            self._pool.join(request.state)
+            self._finish(request)
+        if request.phase == "reading":
+            self._pool.join(state, row)
             request.phase = "running"
             self.running.append(request)
-        else:
-            self._finish(request)
         request.state = request.node = None
 
     def _decode(self) -> None:
-        """Take a step with all running requests; suspects take theirs alone."""
-        rows = range(len(self.running))
+        """Start a step of all running requests, and take over the one before it.
+
+        Suspects take theirs alone.
+        """
+        before = len(self._started)
+        limit, positions = self._runner.spec.context_length, self._pool.positions()
+        # A row goes on if it can, as far as is known before its last token is.
+        rows = [
+            row
+            for row, request in enumerate(self.running)
+            if request.phase == "running"
+            and request.steps < request.row.params.max_new_tokens
+            and positions[row] < limit
+        ]
         suspects = [row for row in rows if self.running[row].suspect]
         for group in [[row] for row in suspects]:
             self._decode_rows(group)
-        together = [row for row in rows if row not in suspects]
+        together = [row for row in rows if not self.running[row].suspect]
         if together:
             self._decode_rows(together)
+        new = max(0, len(self._started) - before)
+        self._take_over(new if self._chooser.asynchronous else 0)
         self._let_go()
 
     def _decode_rows(self, rows: list[int]) -> None:
         requests = [self.running[row] for row in rows]
-        tokens = [request.row.token_ids[-1] for request in requests]
-        logits = guarded(partial(self._pool.decode, tokens, rows))
-        if isinstance(logits, RingExportError):
-            self._recover(requests, logits)
+        choices = [request.row.choice for request in requests]
+        tokens = guarded(partial(self._pool.decode, self._chooser, rows, choices))
+        if isinstance(tokens, RingExportError):
+            self._take_over(0)
+            self._recover([one for one in requests if one.phase == "running"], tokens)
             return
         self._counts["decode_steps"] += 1
-        for index, (row, request) in enumerate(zip(rows, requests, strict=True)):
-            request.suspect = False
-            position = self._pool.position(row)
-            error = guarded(partial(self._accept, request, logits[index], position))
-            if error is not None:
-                self._fail(request, error)
-            elif request.row.stop_reason is not None:
-                self._finish(request)
+        positions = self._pool.positions()
+        places = [
+            self._place(request, index, positions[row])
+            for index, (row, request) in enumerate(zip(rows, requests, strict=True))
+        ]
+        self._started.append(_Step(tokens, places, decodes=True))
 
-    def _accept(self, request: Request, logits: Logits, position: int) -> None:
-        full = position >= self._runner.spec.context_length
-        request.accept(logits, context_full=full)
+    def _place(self, request: Request, row: int, position: int) -> _Place:
+        request.steps += 1
+        return _Place(request, row, position, request.attempt)
+
+    def _take_over(self, left: int) -> None:
+        """Take over the tokens of all steps that were started but the `left` last ones."""
+        while len(self._started) > left:
+            step = self._started.popleft()
+            chosen = guarded(step.tokens.result)
+            live = [
+                place
+                for place in step.places
+                if place.request.phase in {"reading", "running"}
+                and place.request.attempt == place.attempt
+            ]
+            if isinstance(chosen, RingExportError):
+                self._recover([place.request for place in live], chosen)
+                continue
+            for place in live:
+                request = place.request
+                request.suspect = request.suspect and not step.decodes
+                error = guarded(partial(self._accept, place, chosen))
+                if error is not None:
+                    self._fail(request, error)
+                elif request.row.stop_reason is not None:
+                    self._finish(request)
+
+    def _accept(self, place: _Place, chosen: ChosenTokens) -> None:
+        full = place.position >= self._runner.spec.context_length
+        place.request.accept(chosen, place.row, context_full=full)
         self._counts["generated_tokens"] += 1
 
     def _let_go(self) -> None:
@@ -243,3 +386,9 @@ class Loop:
         request.phase, request.state, request.node = "ended", None, None
         self._counts[how] += 1
         request.end(outcome)
+
+
+def _choice(request: Request, stop: int) -> TokenChoice | None:
+    """Return how the token behind a chunk is chosen; None if the prompt goes on, or none is."""
+    complete = stop == len(request.tokens) and request.row.params.max_new_tokens > 0
+    return request.row.choice if complete else None

@@ -16,7 +16,8 @@ class BatchingOptions:
     Attributes:
         max_batch: requests that run at once, 1 to 128; fewer if the runner holds fewer.
         max_queue: requests that may wait besides; one more is refused with QueueFullError.
-        token_budget: prompt tokens that are read between two decode steps.
+        token_budget: prompt tokens that are read between two decode steps; None for as many as suit
+            the runner.
         prefix_cache_bytes: memory for states of prompts that may come again; 0 for no cache.
         max_new_tokens_limit: refuse requests that ask for more tokens than this.
 
@@ -26,14 +27,15 @@ class BatchingOptions:
 
     max_batch: int = 32
     max_queue: int = 256
-    token_budget: int = 512
+    token_budget: int | None = None
     prefix_cache_bytes: int = 256 << 20
     max_new_tokens_limit: int | None = None
 
     def __post_init__(self) -> None:
         _check("max_batch", self.max_batch, 1, MAX_ROWS)
         _check("max_queue", self.max_queue, 0, None)
-        _check("token_budget", self.token_budget, 1, None)
+        if self.token_budget is not None:
+            _check("token_budget", self.token_budget, 1, None)
         _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, None)
         if self.max_new_tokens_limit is not None:
             _check("max_new_tokens_limit", self.max_new_tokens_limit, 0, None)

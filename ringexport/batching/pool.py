@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ringexport.runtime.runner import Logits, Runner
+from ringexport.runtime.choosing import Chooser, PendingTokens, TokenChoice
+from ringexport.runtime.runner import Runner
 from ringexport.runtime.state import DecodeState
 
 __all__ = ["RowPool"]
@@ -26,12 +27,12 @@ class RowPool:
         self._empty_bytes = 0
         self.used = 0
 
-    def join(self, state: DecodeState) -> None:
-        """Copy a state of one row behind the rows in use."""
+    def join(self, state: DecodeState, row: int = 0) -> None:
+        """Take over a row of a state, which does not need it any more, behind the rows in use."""
         if self._state is None:
             self._state = self._runner.new_state(self._rows)
             self._empty_bytes = self._state.nbytes
-        self._state.copy_rows([self.used], state, [0])
+        self._state.move_rows([self.used], state, [row])
         self.used += 1
 
     def keep(self, rows: Sequence[int]) -> list[int]:
@@ -45,7 +46,7 @@ class RowPool:
         movers = [row for row in rows if row >= len(rows)]
         gaps = sorted(set(range(len(rows))) - set(order))
         if movers:
-            self._state.copy_rows(gaps, self._state, movers)
+            self._state.move_rows(gaps, self._state, movers)
         if self.used > len(rows):
             self._state.reset(range(len(rows), self.used))
         self.used = len(rows)
@@ -59,12 +60,13 @@ class RowPool:
         self._state = None
         self.used = 0
 
-    def position(self, row: int) -> int:
-        """Return how many tokens a row has seen."""
-        assert self._state is not None
-        return int(self._state.position[row])
+    def positions(self) -> list[int]:
+        """Return how many tokens each row in use has seen."""
+        return [] if self._state is None else self._state.position[: self.used].tolist()
 
-    def decode(self, tokens: Sequence[int], rows: Sequence[int]) -> Logits:
-        """Feed one token to each of `rows`; see `Runner.decode`."""
+    def decode(
+        self, chooser: Chooser, rows: Sequence[int], choices: Sequence[TokenChoice]
+    ) -> PendingTokens:
+        """Take a step with `rows`; see `Chooser.choose_decode`."""
         assert self._state is not None
-        return self._runner.decode(tokens, self._state, rows=rows)
+        return chooser.choose_decode(self._state, rows, choices)

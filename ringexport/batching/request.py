@@ -14,8 +14,8 @@ from ringexport.batching.events import (
 )
 from ringexport.batching.prefix_cache import PrefixNode
 from ringexport.errors import RingExportError
+from ringexport.runtime.choosing import ChosenTokens
 from ringexport.runtime.generation import GenerationResult, Row
-from ringexport.runtime.runner import Logits
 from ringexport.runtime.state import DecodeState
 
 __all__ = ["Request", "guarded"]
@@ -59,6 +59,8 @@ class Request:
         state: of one row, while the prompt is read.
         node: the cached prefix that has the `read` tokens; None if the cache does not follow.
         suspect: its state was lost in a failed step; it takes its next step alone.
+        steps: tokens that were chosen, or are being chosen by steps that were started.
+        attempt: how often its state was lost; steps of earlier attempts do not count any more.
     """
 
     def __init__(self, id: str, row: Row, on_event: OnEvent | None = None) -> None:  # noqa: A002
@@ -71,6 +73,7 @@ class Request:
         self.state: DecodeState | None = None
         self.node: PrefixNode | None = None
         self.suspect = False
+        self.steps = self.attempt = 0
         self._on_event = on_event
 
     def rewind(self) -> None:
@@ -78,20 +81,23 @@ class Request:
         self.tokens = self.row.prompt + self.row.token_ids
         self.read, self.state, self.node = 0, None, None
         self.suspect = True
+        self.steps = len(self.row.token_ids)
+        self.attempt += 1
         self.phase = "reading"
 
-    def accept(self, logits: Logits, *, context_full: bool) -> None:
-        """Choose the next token and tell the owner.
+    def accept(self, chosen: ChosenTokens, index: int, *, context_full: bool) -> None:
+        """Take over the next token and tell the owner.
 
         Args:
-            logits: [vocab].
+            chosen: the tokens of a step.
+            index: which of them is this request's.
             context_full: the chosen token cannot be fed any more.
 
         Raises:
             RingExportError: logits that are not finite.
         """
         row = self.row
-        text = row.accept(logits)
+        text = row.accept(chosen, index)
         if context_full and row.stop_reason is None:
             text += row.finish("context")
         logprobs = tuple(row.logprobs[-1:])

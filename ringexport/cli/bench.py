@@ -55,6 +55,7 @@ class _Numbers(click.ParamType[Any]):
         return tuple(dict.fromkeys(numbers))
 
 
+_CUDA = "cuda:"
 _MAX_ROWS = 1024
 _MAX_TOKENS = 1 << 24
 _MAX_REPEAT = 1000
@@ -73,7 +74,21 @@ class _Choice:
 
 
 @click.command("bench")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--random-weights",
+    type=click.Path(path_type=Path),
+    metavar="CONFIG.json",
+    help="Measure the fast engine with random weights of this config instead of a BUNDLE.",
+)
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE.toml",
+    help="Number formats of random weights.  [default: fp8]",
+)
+@click.option(
+    "--profile", is_flag=True, help="Show the kernels of a decode step of the fast engine."
+)
 @click.option(
     "--batch",
     type=_Numbers(_MAX_ROWS),
@@ -86,7 +101,8 @@ class _Choice:
     type=_Numbers(_MAX_TOKENS),
     default=_DEFAULTS["prefill"],
     show_default=True,
-    help="Prompt lengths in tokens whose first-token time is measured.",
+    help="Prompt lengths in tokens whose first-token time is measured; by the fast engine with "
+    "each number of rows.",
 )
 @click.option(
     "--context",
@@ -132,7 +148,10 @@ def command(
     app: App,
     /,
     *,
-    bundle: Path,
+    bundle: Path | None,
+    random_weights: Path | None,
+    recipe: str | None,
+    profile: bool,
     batch: tuple[int, ...],
     prefill: tuple[int, ...],
     context: tuple[int, ...],
@@ -147,19 +166,57 @@ def command(
 
     The backends first decode a text greedily; if they disagree, no speed is reported and the exit
     code is 1. Compare numbers only from machines that do nothing else.
+
+    With --random-weights, or a cuda backend alone, the fast engine is measured in detail: a step's
+    time on the GPU, the bytes that it moves, the limit at the read rate of this GPU, and the time
+    of each kind of layer. Its logits are first compared with a reference over the same weights;
+    if they differ by more than bf16 explains, or too few experts are hit, no speed is reported.
     """
-    from ringexport.compare.conditions import measurement_conditions
-    from ringexport.compare.speed import BenchConfig, check_agreement, measure
+    from ringexport.compare.speed import BenchConfig
 
     config = BenchConfig(
         batch=batch, prefill=prefill, context=context, decode=decode, repeat=repeat
     )
-    terminal = app.terminal
+    if (bundle is None) == (random_weights is None):
+        raise click.UsageError("give either a BUNDLE or --random-weights CONFIG.json")
+    if random_weights is not None:
+        _refuse_options_of_bundles(backends, checkpoint)
+        from ringexport.cli.bench_gpu import bench_random_weights
+
+        bench_random_weights(
+            app, random_weights, recipe or "fp8", config, profile=profile, as_json=as_json
+        )
+        return
+    assert bundle is not None
+    if recipe is not None:
+        raise bad_value("--recipe", "a bundle has its own recipe; give --random-weights")
     choice = _Choice(bundle=bundle, backends=backends, checkpoint=checkpoint, verify=verify)
-    conditions = {"bundle": str(bundle)} | measurement_conditions(app.settings.threads)
+    if backends and all(name.startswith(_CUDA) for name in backends):
+        from ringexport.cli.bench_gpu import bench_bundle
+
+        bench_bundle(
+            app, bundle, backends[0], config, verify=verify, profile=profile, as_json=as_json
+        )
+        return
+    _bench_backends(app, choice, config, as_json=as_json)
+
+
+def _refuse_options_of_bundles(backends: tuple[str, ...], checkpoint: Path | None) -> None:
+    for option, value in (("--backend", backends), ("--checkpoint", checkpoint)):
+        if value:
+            raise bad_value(option, "random weights are run by the fast engine alone")
+
+
+def _bench_backends(app: App, choice: _Choice, config: "BenchConfig", *, as_json: bool) -> None:
+    """Measure the backends of a bundle side by side."""
+    from ringexport.compare.conditions import measurement_conditions
+    from ringexport.compare.speed import check_agreement, measure
+
+    terminal = app.terminal
+    conditions = {"bundle": str(choice.bundle)} | measurement_conditions(app.settings.threads)
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress())
-        runners, skipped = _open_runners(app, stack, progress, choice)
+        runners, skipped = _open_runners(app, stack, progress, choice, config)
         _check_lengths(config, min(runner.spec.context_length for runner in runners))
         progress.start("checking that the backends agree")
         agreed = check_agreement(runners)
@@ -170,7 +227,7 @@ def command(
             {
                 "conditions": conditions,
                 "agreed_greedy_tokens": agreed if len(runners) > 1 else None,
-                "context": list(context),
+                "context": list(config.context),
                 "results": [speed.to_dict() for speed in speeds],
                 "skipped": skipped,
             }
@@ -206,10 +263,12 @@ def _open_runners(
     stack: ExitStack,
     progress: "Progress",
     choice: _Choice,
+    config: "BenchConfig",
 ) -> tuple[list["Runner"], dict[str, str]]:
     """Open the backends that were asked for, or all that can run."""
     from ringexport.bundle import EngineBundle
     from ringexport.cli.opening import open_runner
+    from ringexport.compare.speed import AGREEMENT_TOKENS
     from ringexport.runtime.registry import RunnerOptions
 
     bundle = EngineBundle.open(choice.bundle, verify=choice.verify, progress=progress)
@@ -217,6 +276,8 @@ def _open_runners(
         threads=app.settings.threads,
         checkpoint=choice.checkpoint,
         kernel_library=app.settings.kernel_library,
+        max_batch=max(config.batch),
+        max_context=max(config.longest, AGREEMENT_TOKENS),
     )
     backends = choice.backends
     if not backends and app.settings.backend != AUTO:

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from ringexport.cli.app import App, command_options, json_option, pass_app
+from ringexport.settings import load_toolchain
 from ringexport.version import __version__
 
 __all__ = ["Check", "TargetCheck", "check_machine", "check_targets", "command"]
@@ -94,6 +95,9 @@ def check_machine(
         _check_onnxruntime(),
         _check_gpu(),
         _check_nvcc(),
+        _check_program("cmake", "cmake 3.25 or newer: pip install cmake"),
+        _check_program("g++", "a C++17 compiler, such as the package g++"),
+        _check_headers(),
         _check_tensorrt("tensorrt"),
         _check_tensorrt("tensorrt-rtx"),
         _check_plugins(plugin_library),
@@ -133,7 +137,7 @@ def check_targets(machine: dict[str, Check]) -> list[TargetCheck]:
         _tensorrt_target("tensorrt:sm_..", machine, "tensorrt", ["NVIDIA GPU"]),
         _tensorrt_target("tensorrt-rtx:sm_80/86/89/120", machine, "tensorrt-rtx", []),
         _cuda_target(machine),
-        _later("onnxruntime:cuda", [machine["NVIDIA GPU"]]),
+        _onnxruntime_cuda_target(machine),
     ]
 
 
@@ -173,11 +177,20 @@ def _cuda_target(machine: dict[str, Check]) -> TargetCheck:
     )
 
 
-def _later(target: str, needs: list[Check]) -> TargetCheck:
-    """Describe a target of the design that this version does not build."""
-    missing = [f"no {check.name} here" for check in needs if not check.found]
-    reason = "; ".join(["not built by this version yet", *missing])
-    return TargetCheck(target=target, works=False, reason=reason)
+def _onnxruntime_cuda_target(machine: dict[str, Check]) -> TargetCheck:
+    """Building needs onnx; running needs the CUDA provider of onnxruntime-gpu and a GPU."""
+    from ringexport.runtime.registry import available_backends
+
+    name = "onnxruntime:cuda"
+    onnx = machine["onnx"]
+    info = next(one for one in available_backends() if one.name == name)
+    if info.missing is None:
+        works = "builds and runs bundles" if onnx.found else "runs bundles; building needs onnx"
+        return TargetCheck(target=name, works=True, reason=works, install=onnx.install)
+    reason = f"builds bundles; they do not run here: {info.missing}"
+    if not onnx.found:
+        return TargetCheck(target=name, works=False, reason="onnx is missing", install=onnx.install)
+    return TargetCheck(target=name, works=True, reason=reason, install=info.hint)
 
 
 def stale_builds() -> list[str]:
@@ -287,10 +300,46 @@ def _check_gpu() -> Check:
 
 
 def _check_nvcc() -> Check:
-    output = _matching_line("release", "nvcc", "--version")
+    """Look where plugins/CMakeLists.txt does."""
+    toolchain = load_toolchain()
+    named = toolchain.nvcc
+    places = ["nvcc", *(str(root / "bin" / "nvcc") for root in toolchain.cuda_roots)]
+    for place in [named] if named else places:
+        output = _matching_line("release", place, "--version")
+        if output is not None:
+            return Check(name="nvcc", found=True, detail=f"{output}, {shutil.which(place)}")
+    return Check(
+        name="nvcc",
+        found=False,
+        detail=f"no nvcc at {named}" if named else "no nvcc on PATH or in /usr/local/cuda",
+        install="the CUDA toolkit, 12.8 or newer; compiling needs no GPU",
+    )
+
+
+def _check_program(name: str, install: str) -> Check:
+    output = _matching_line("", name, "--version")
     if output is None:
-        return Check(name="nvcc", found=False, detail="no nvcc on PATH", install="CUDA toolkit")
-    return Check(name="nvcc", found=True, detail=output)
+        return Check(name=name, found=False, detail=f"no {name} on PATH", install=install)
+    return Check(name=name, found=True, detail=output)
+
+
+def _check_headers() -> Check:
+    """Look for TensorRT's headers in the order of plugins/hosts/tensorrt/CMakeLists.txt."""
+    spec = importlib.util.find_spec("kernel_lens")
+    wheels = list(spec.submodule_search_locations or []) if spec is not None else []
+    folders = [root / "include" for root in load_toolchain().tensorrt_roots]
+    folders.append(Path(f"/usr/include/{platform.machine()}-linux-gnu"))
+    folders += [Path(wheel) / "include" / "tensorrt" for wheel in wheels]
+    name = "TensorRT headers"
+    for folder in folders:
+        if (folder / "NvInferRuntime.h").is_file():
+            return Check(name=name, found=True, detail=str(folder))
+    return Check(
+        name=name,
+        found=False,
+        detail="no NvInferRuntime.h: the TensorRT plugins cannot be compiled",
+        install="set TENSORRT_ROOT, or: pip install --no-deps kernel-lens==2.0.1",
+    )
 
 
 def _matching_line(text: str, program: str, *arguments: str) -> str | None:

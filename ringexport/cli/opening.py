@@ -3,6 +3,7 @@
 import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ringexport.bundle import MANIFEST_NAME, EngineBundle
@@ -34,6 +35,8 @@ def open_engine(
     decay_index: str | None = None,
     checkpoint: Path | None = None,
     verify: bool = True,
+    max_batch: int | None = None,
+    max_context: int | None = None,
 ) -> Engine:
     """Load a bundle or a checkpoint.
 
@@ -45,6 +48,8 @@ def open_engine(
         decay_index: for a checkpoint; a bundle knows its own.
         checkpoint: where the torch backend finds a bundle's checkpoint, if it has moved.
         verify: compare the digests of a bundle.
+        max_batch: sequences that a GPU has memory for, None for a few.
+        max_context: tokens of each, None for the model's context.
 
     Raises:
         ConfigError: a decay index for a bundle.
@@ -56,7 +61,10 @@ def open_engine(
         checkpoint=checkpoint,
         decay_index=DecayIndex(decay_index or "serving"),
         kernel_library=app.settings.kernel_library,
+        max_context=max_context,
     )
+    if max_batch is not None:
+        options = replace(options, max_batch=max_batch)
     bundle = None
     directory = path
     if not is_checkpoint:

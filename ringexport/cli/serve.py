@@ -88,7 +88,8 @@ class _Address:
     "--max-prompt",
     type=click.IntRange(1, _MAX_COUNT),
     metavar="N",
-    help="Longest prompt in tokens; default: what the context holds.",
+    help="Longest prompt in tokens; default: what the context holds."
+    " With --max-tokens, a GPU has memory for both and no more.",
 )
 @click.option(
     "--prefix-cache",
@@ -158,7 +159,14 @@ def command(
     )
     with bind(host, port) as listener:
         with terminal.progress(keep_lines=False) as progress:
-            engine = open_engine(app, bundle, progress, backend=app.backend(backend))
+            engine = open_engine(
+                app,
+                bundle,
+                progress,
+                backend=app.backend(backend),
+                max_batch=max_batch,
+                max_context=_context(max_prompt, max_tokens),
+            )
         with engine, BatchingEngine(engine, batching_options) as batching:
             server = Server(
                 create_app(engine, batching, options),
@@ -174,6 +182,11 @@ def command(
             finally:
                 undo()
     terminal.say("stopped")
+
+
+def _context(max_prompt: int | None, max_tokens: int | None) -> int | None:
+    """Return the tokens that a request has at most, None if only the model's context says."""
+    return None if max_prompt is None or max_tokens is None else max_prompt + max_tokens
 
 
 def _announce(terminal: "Terminal", url: str, name: str) -> None:

@@ -291,6 +291,7 @@ def _write_layers(
         profile=request.profile.name,
         engine_bytes=result.nbytes,
         counts=layer_counts(result.layers),
+        options=request.profile.options.to_dict(),
     )
     table.write(path, result.layers)
 

@@ -93,6 +93,16 @@ class BuildOptions:
     weight_streaming: bool = False
     strip_plan: bool = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what differs from TensorRT's own choice; the timing cache shapes no engine."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        del values["timing_cache"]
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None and value is not False
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineProfile:

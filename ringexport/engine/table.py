@@ -1,7 +1,7 @@
 """layers.json: what is kept beside an engine, because an engine cannot be read without its GPU."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class EngineTable:
         profile: name of the shape ranges.
         engine_bytes: size of the engine.
         counts: layers by kind; plugins under their own names.
+        options: of the builder, those that are not TensorRT's own choice.
     """
 
     target: str
@@ -30,6 +31,7 @@ class EngineTable:
     profile: str
     engine_bytes: int
     counts: dict[str, int]
+    options: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path, layers: tuple[LayerRow, ...]) -> None:
         """Write the facts, and one line for each layer."""
@@ -45,7 +47,8 @@ def read_table(path: Path) -> EngineTable:
     Raises:
         BundleError: the file is missing or damaged.
     """
-    kinds: dict[str, type[Any]] = {"engine_bytes": int, "versions": dict, "counts": dict}
+    kinds: dict[str, type[Any]] = {"engine_bytes": int}
+    kinds |= dict.fromkeys(("versions", "counts", "options"), dict)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         found = {field.name: value[field.name] for field in fields(EngineTable)}

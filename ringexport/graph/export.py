@@ -8,8 +8,10 @@ import onnx
 from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.errors import GraphError
 from ringexport.graph.initializers import ComputeDtype
+from ringexport.graph.lower_cuda import lower_cuda
 from ringexport.graph.lower_ort import lower_ort
 from ringexport.graph.network import build_network
+from ringexport.graph.passes.join_projections import join_projections
 from ringexport.graph.save import write_weights
 from ringexport.ops.decay import DecayIndex
 from ringexport.progress import NoProgress, Progress
@@ -48,7 +50,8 @@ def export_graph(
     directory: Path,
     *,
     decay_index: DecayIndex = DecayIndex.SERVING,
-    dtype: ComputeDtype = ComputeDtype.FP32,
+    dtype: str = ComputeDtype.FP32,
+    provider: str = "cpu",
     progress: Progress | None = None,
 ) -> GraphInfo:
     """Write model.onnx, probe.onnx and weights.bin, which both graphs share.
@@ -59,7 +62,8 @@ def export_graph(
         weights: an open checkpoint.
         directory: existing, empty.
         decay_index: form of the decay.
-        dtype: of activations, matrices and KV cache.
+        dtype: of activations, matrices and KV cache; a `ComputeDtype`.
+        provider: execution provider of ONNX Runtime that the graph is for, cpu or cuda.
         progress: told of the bytes that are written.
 
     Raises:
@@ -67,18 +71,22 @@ def export_graph(
         GraphError: the finished graph does not pass the ONNX checker.
         OSError: a file cannot be written.
     """
+    dtype = ComputeDtype(dtype)
     network = build_network(weights.config, weights, decay_index=decay_index, dtype=dtype)
-    total = sum(weight.nbytes for weight in network.builder.weights)
+    builder = network.builder
+    builder.nodes, builder.weights = join_projections(builder.nodes, builder.weights)
+    total = sum(weight.nbytes for weight in builder.weights)
     report = progress or NoProgress()
     report.start("writing the graph and its weights", total, "bytes")
-    tensors = write_weights(network.builder.weights, directory / WEIGHTS_FILE, report.advance)
+    tensors = write_weights(builder.weights, directory / WEIGHTS_FILE, report.advance)
     report.finish()
     for name, with_probes in ((GRAPH_FILE, False), (PROBE_FILE, True)):
         model = lower_ort(network, tensors, with_probes=with_probes)
+        model = lower_cuda(model) if provider == "cuda" else model
         (directory / name).write_bytes(model.SerializeToString(deterministic=True))
         check_graph(directory / name)
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
-    return GraphInfo(nodes=len(network.builder.nodes), weight_bytes=total, opsets=opsets)
+    return GraphInfo(nodes=len(builder.nodes), weight_bytes=total, opsets=opsets)
 
 
 def check_graph(path: Path) -> None:

@@ -123,7 +123,7 @@ class QuantizedEmitter:
         block = int8_block_size(width, hidden)
         if block is None or not self._all_per_row(experts, NumberFormat.INT8):
             return None
-        gate_up, down = self._stacked_experts(experts, label, block)
+        gate_up, down = self._stacked_experts(experts, label, np.dtype(np.uint8))
         attributes = {"num_experts": len(experts), "top_k": top_k, "block_size": block}
         (output,) = self.builder.contract(
             INT8_EXPERTS, [*inputs, *gate_up, *down], attributes, "mlp.experts"
@@ -139,7 +139,9 @@ class QuantizedEmitter:
             return None
         build, values = self.builder, []
         for name, parts in zip(
-            ("gate_up_proj", "down_proj"), self._stacked_experts(experts, label, None), strict=True
+            ("gate_up_proj", "down_proj"),
+            self._stacked_experts(experts, label, NumberFormat.FP8_E4M3.dtype),
+            strict=True,
         ):
             codes, scale = parts
             real = build.node("Cast", [codes], f"mlp.experts.{name}.real", to=FLOAT)
@@ -160,18 +162,18 @@ class QuantizedEmitter:
         return True
 
     def _stacked_experts(
-        self, experts: list[str], label: str, block: int | None
+        self, experts: list[str], label: str, dtype: np.dtype[np.generic]
     ) -> tuple[list[str], list[str]]:
         """Add codes and scales of gate_up_proj [E, 2*I, D] and of down_proj [E, D, I].
 
-        Scales are [E, rows, in / block], [E, rows, 1] without a block.
+        Scales are [E, rows, 1].
         """
         width, hidden = self.weights.info(f"{experts[0]}.gate_proj.weight").shape
         gate_up = [[f"{expert}.gate_proj", f"{expert}.up_proj"] for expert in experts]
         down = [[f"{expert}.down_proj"] for expert in experts]
         return (
-            self._stacked(gate_up, (2 * width, hidden), block, f"{label}.gate_up_proj"),
-            self._stacked(down, (hidden, width), block, f"{label}.down_proj"),
+            self._stacked(gate_up, (2 * width, hidden), dtype, f"{label}.gate_up_proj"),
+            self._stacked(down, (hidden, width), dtype, f"{label}.down_proj"),
         )
 
     def _int8_projection(
@@ -196,11 +198,10 @@ class QuantizedEmitter:
             dtype=np.dtype(np.uint8),
             chunks=chunks,
         )
-        scales = np.ascontiguousarray(np.repeat(scale, blocks, axis=1))
         inputs = [
             value,
             self.builder.weight(weight),
-            self.builder.weight(from_array(f"{weight.name}.scale", scales)),
+            self.builder.weight(from_array(f"{weight.name}.scale", np.ascontiguousarray(scale))),
         ]
         sizes = {"in_features": in_features, "out_features": last - first, "block_size": block}
         exposed = {"output": output} if output else None
@@ -267,13 +268,15 @@ class QuantizedEmitter:
         return build.node("Reshape", [rounded, shape], f"{label}.input")
 
     def _stacked(
-        self, modules: list[list[str]], shape: tuple[int, int], block: int | None, label: str
+        self,
+        modules: list[list[str]],
+        shape: tuple[int, int],
+        dtype: np.dtype[np.generic],
+        label: str,
     ) -> list[str]:
         """Stack the modules of all experts, the rows of the modules of one alternating."""
         rows, width = shape
-        columns = 1 if block is None else width // block
         name = self.builder.scoped(label)
-        dtype = np.dtype(np.uint8) if block else NumberFormat.FP8_E4M3.dtype
 
         def stack(
             sizes: tuple[int, int], dtype: np.dtype[np.generic], scales: bool
@@ -297,9 +300,9 @@ class QuantizedEmitter:
         )
         scale = LazyInitializer(
             name=f"{name}.scale",
-            shape=(count, rows, columns),
+            shape=(count, rows, 1),
             dtype=fp32,
-            chunks=lambda: stack((rows, columns), fp32, scales=True),
+            chunks=lambda: stack((rows, 1), fp32, scales=True),
         )
         return [self.builder.weight(weight), self.builder.weight(scale)]
 

@@ -15,6 +15,7 @@ __all__ = ["DEFAULT_LIBRARY", "DType", "KernelCall", "KernelLibrary", "Prologue"
 
 OPS = {
     "attention_decode": "AttentionDecodeParams",
+    "attention_prefill": "AttentionPrefillParams",
     "experts": "ExpertsParams",
     "group_norm_gate": "GroupNormGateParams",
     "linear_attention_decode": "LinearAttentionDecodeParams",

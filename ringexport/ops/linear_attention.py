@@ -6,7 +6,7 @@ import numpy.typing as npt
 from ringexport.ops.spec import Attributes, OpSpec, TensorArg
 from ringexport.tensors import match
 
-__all__ = ["LINEAR_ATTENTION", "linear_attention"]
+__all__ = ["LINEAR_ATTENTION", "MASKED_LINEAR_ATTENTION", "TOKEN_MASK", "linear_attention"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -60,22 +60,28 @@ def linear_attention(
     return output, state
 
 
-def _function_body(attributes: Attributes) -> str:
-    heads, scale = attributes["num_heads"], attributes["query_scale"]
+def _mask_body(tokens: str) -> str:
+    """Return the body that computes the mask [B, T, 1] for a value [B, T, ...]."""
     return f"""
     time_axis = Constant <value = int64 {{1}}> ()
-    last_axis = Constant <value_ints = [-1]> ()
+    mask_axis = Constant <value_ints = [-1]> ()
     rows_axis = Constant <value_ints = [1]> ()
     zero = Constant <value = int64 {{0}}> ()
     one = Constant <value = int64 {{1}}> ()
-    query_shape = Shape (query)
-    num_tokens = Gather (query_shape, time_axis)
+    tokens_shape = Shape ({tokens})
+    num_tokens = Gather (tokens_shape, time_axis)
     index = Range (zero, num_tokens, one)
     lengths_long = Cast <to = 7> (lengths)
     rows = Unsqueeze (lengths_long, rows_axis)
     is_token = Less (index, rows)
     is_token_float = Cast <to = 1> (is_token)
-    mask = Unsqueeze (is_token_float, last_axis)
+    mask = Unsqueeze (is_token_float, mask_axis)
+    """
+
+
+def _masked_body(attributes: Attributes) -> str:
+    heads, scale = attributes["num_heads"], attributes["query_scale"]
+    return f"""
     decay = Mul (mask, log_decay)
     query_float = Cast <to = 1> (query)
     key_float = Cast <to = 1> (key)
@@ -86,6 +92,10 @@ def _function_body(attributes: Attributes) -> str:
     > (query_float, key_masked, value_float, past_state, decay)
     output = CastLike (output_float, query)
     """
+
+
+def _function_body(attributes: Attributes) -> str:
+    return _mask_body("query") + _masked_body(attributes)
 
 
 LINEAR_ATTENTION = OpSpec(
@@ -115,4 +125,28 @@ LINEAR_ATTENTION = OpSpec(
     function_body=_function_body,
     sizes={"H": "num_heads"},
     reals=frozenset({"query_scale"}),
+)
+
+TOKEN_MASK = OpSpec(
+    name="RingTokenMask",
+    summary="1 at tokens and 0 at padding, for all linear layers of a graph of ONNX Runtime.",
+    inputs=(
+        TensorArg(name="tokens", shape="B T", dtype="int64", text="token ids, right padded"),
+        LINEAR_ATTENTION.inputs[-1],
+    ),
+    outputs=(TensorArg(name="mask", shape="B T 1", dtype="fp32", text="of the tokens"),),
+    attributes={},
+    function_body=lambda _: _mask_body("tokens"),
+)
+
+MASKED_LINEAR_ATTENTION = OpSpec(
+    name="RingMaskedLinearAttention",
+    summary="RingLinearAttention with the mask of the tokens instead of their number.",
+    inputs=(
+        *LINEAR_ATTENTION.inputs[:-1],
+        TensorArg(name="mask", shape="B T 1", dtype="fp32", text="from RingTokenMask"),
+    ),
+    outputs=LINEAR_ATTENTION.outputs,
+    attributes=LINEAR_ATTENTION.attributes,
+    function_body=_masked_body,
 )

@@ -8,7 +8,16 @@ import numpy.typing as npt
 from ringexport.ops.spec import Attributes, OpSpec, TensorArg
 from ringexport.tensors import match
 
-__all__ = ["EXPERTS", "INT8_EXPERTS", "ROUTER", "Routing", "experts", "router"]
+__all__ = [
+    "EXPERTS",
+    "INT8_EXPERTS",
+    "ROUTED_EXPERTS",
+    "ROUTED_INT8_EXPERTS",
+    "ROUTER",
+    "Routing",
+    "experts",
+    "router",
+]
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -108,19 +117,14 @@ def experts(
     return output
 
 
-def _router_body(attributes: Attributes) -> str:
+def _choice_body(attributes: Attributes, hidden: str) -> str:
+    """Return the body that computes scores [N, E], expert_ids and their scores, chosen [N, k]."""
     per_group = int(attributes["num_experts"]) // int(attributes["n_group"])
     in_groups = _open_groups_body(attributes, per_group) if attributes["n_group"] > 1 else ""
     candidates = "open_scores" if in_groups else "biased"
-    normalized = """
-    total = ReduceSum <keepdims = 1> (chosen, last_axis)
-    tiny = Constant <value = float {1e-20}> ()
-    safe_total = Add (total, tiny)
-    shares = Div (chosen, safe_total)
-    """
     return f"""
     last_axis = Constant <value_ints = [-1]> ()
-    hidden_float = Cast <to = 1> (hidden)
+    hidden_float = Cast <to = 1> ({hidden})
     logits = MatMul (hidden_float, router_weight)
     scores = Sigmoid (logits)
     biased = Add (scores, expert_bias)
@@ -129,6 +133,18 @@ def _router_body(attributes: Attributes) -> str:
     top_scores, expert_ids = TopK (\
 {candidates}, top_k)
     chosen = GatherElements <axis = -1> (scores, expert_ids)
+    """
+
+
+def _router_body(attributes: Attributes) -> str:
+    normalized = """
+    total = ReduceSum <keepdims = 1> (chosen, last_axis)
+    tiny = Constant <value = float {1e-20}> ()
+    safe_total = Add (total, tiny)
+    shares = Div (chosen, safe_total)
+    """
+    return f"""
+    {_choice_body(attributes, "hidden")}
     {normalized if attributes["normalize"] else "shares = Identity (chosen)"}
     factor = Constant <value = float {{{attributes["routed_scaling_factor"]}}}> ()
     routing_weights = Mul (shares, factor)
@@ -144,18 +160,23 @@ def _open_groups_body(attributes: Attributes, per_group: int) -> str:
     grouped = Reshape (biased, grouped_shape)
     best_count = Constant <value_ints = [{best}]> ()
     best_scores, best_ids = TopK (grouped, best_count)
-    group_scores = ReduceSum <keepdims = 0> (best_scores, last_axis)
+    group_scores = ReduceSum <keepdims = 1> (best_scores, last_axis)
     group_count = Constant <value_ints = [{attributes["topk_group"]}]> ()
-    open_group_scores, open_groups = TopK (group_scores, group_count)
+    open_group_scores, open_groups = TopK <axis = 1> (group_scores, group_count)
     num_groups = Constant <value_ints = [{n_group}]> ()
     closed_open = Constant <value_floats = [{closed}, 0.0]> ()
-    one_open_group = OneHot <axis = -1> (open_groups, num_groups, closed_open)
-    token_groups_axis = Constant <value_ints = [1]> ()
-    group_mask = ReduceMax <keepdims = 0> (one_open_group, token_groups_axis)
-    group_mask_column = Unsqueeze (group_mask, last_axis)
-    masked = Add (grouped, group_mask_column)
+    one_open_group = OneHot <axis = 1> (open_groups, num_groups, closed_open)
+    open_groups_axis = Constant <value_ints = [2]> ()
+    group_mask = ReduceMax <keepdims = 0> (one_open_group, open_groups_axis)
+    masked = Add (grouped, group_mask)
     open_scores = Reshape (masked, flat_shape)
     """
+
+
+_SWIGLU = (
+    'activation_type = "swiglu", swiglu_fusion = 1, activation_alpha = 1.0, activation_beta = 0.0,'
+    " normalize_routing_weights = 1"
+)
 
 
 def _routed_body(attributes: Attributes, op: str, inputs: str, extra: str = "") -> str:
@@ -174,12 +195,25 @@ def _routed_body(attributes: Attributes, op: str, inputs: str, extra: str = "") 
     blank = Expand (unrouted_row, num_tokens_by_one)
     router_logits_float = ScatterElements <axis = -1> (blank, expert_ids, floored)
     router_logits = CastLike (router_logits_float, hidden)
-    mixed = com.microsoft.{op} <
-        k = {attributes["top_k"]}, activation_type = "swiglu", swiglu_fusion = 1,
-        activation_alpha = 1.0, activation_beta = 0.0, normalize_routing_weights = 1{extra}
-    > (hidden, router_logits, {inputs})
+    mixed = com.microsoft.{op} <k = {attributes["top_k"]}, {_SWIGLU}{extra}>
+        (hidden, router_logits, {inputs})
     total_like = CastLike (total, hidden)
     output = Mul (mixed, total_like)
+    """
+
+
+def _chosen_body(attributes: Attributes, mixed: str) -> str:
+    """Return the body of a router and its experts in one, around the expert op `mixed`.
+
+    Normalizing the weights is left to the op, which knows nothing of the scaling factor.
+    """
+    return f"""
+    tokens = Flatten <axis = -1> (hidden)
+    {_choice_body(attributes, "tokens")}
+    {mixed}
+    factor = Constant <value = float {{{attributes["routed_scaling_factor"]}}}> ()
+    factor_like = CastLike (factor, hidden)
+    output = Mul (mixed, factor_like)
     """
 
 
@@ -187,10 +221,61 @@ def _experts_body(attributes: Attributes) -> str:
     return _routed_body(attributes, "MoE", "gate_up_proj, , down_proj")
 
 
+def _int8_inputs_body(attributes: Attributes) -> str:
+    # The op wants a scale per block. A session spreads those of rows once, when it starts.
+    return f"""
+    block_shape = Constant <value_ints = [1, 1, {attributes["block_size"]}]> ()
+    gate_up_shape = Shape (gate_up_proj)
+    gate_up_blocks = Div (gate_up_shape, block_shape)
+    gate_up_block_scale = Expand (gate_up_scale, gate_up_blocks)
+    down_shape = Shape (down_proj)
+    down_blocks = Div (down_shape, block_shape)
+    down_block_scale = Expand (down_scale, down_blocks)
+    """
+
+
+_INT8_INPUTS = "gate_up_proj, gate_up_block_scale, , down_proj, down_block_scale"
+
+
+def _int8_attributes(attributes: Attributes) -> str:
+    return f", expert_weight_bits = 8, block_size = {attributes['block_size']}"
+
+
 def _int8_experts_body(attributes: Attributes) -> str:
-    inputs = "gate_up_proj, gate_up_scale, , down_proj, down_scale"
-    extra = f", expert_weight_bits = 8, block_size = {attributes['block_size']}"
-    return _routed_body(attributes, "QMoE", inputs, extra)
+    extra = _int8_attributes(attributes)
+    routed = _routed_body(attributes, "QMoE", _INT8_INPUTS, extra)
+    return f"{_int8_inputs_body(attributes)}\n{routed}"
+
+
+def _routed_experts_body(attributes: Attributes) -> str:
+    # As in _routed_body: logarithms at our experts, far below them elsewhere.
+    mixed = f"""
+    smallest = Constant <value = float {{1e-37}}> ()
+    floored = Max (chosen, smallest)
+    log_chosen = Log (floored)
+    far = Constant <value = float {{1e4}}> ()
+    below = Sub (scores, far)
+    router_logits_float = ScatterElements <axis = -1> (below, expert_ids, log_chosen)
+    router_logits = CastLike (router_logits_float, hidden)
+    mixed = com.microsoft.MoE <k = {attributes["top_k"]}, {_SWIGLU}>
+        (hidden, router_logits, gate_up_proj, , down_proj)
+    """
+    return _chosen_body(attributes, mixed)
+
+
+def _routed_int8_experts_body(attributes: Attributes) -> str:
+    # This op takes weights as they are. Below zero elsewhere, they also tell it what to choose.
+    mixed = f"""
+    {_int8_inputs_body(attributes)}
+    two = Constant <value = float {{2.0}}> ()
+    below = Sub (scores, two)
+    weights_float = ScatterElements <axis = -1> (below, expert_ids, chosen)
+    weights = CastLike (weights_float, hidden)
+    mixed = com.microsoft.QMoE <
+        k = {attributes["top_k"]}, {_SWIGLU}{_int8_attributes(attributes)}
+    > (hidden, weights, {_INT8_INPUTS}, , , , , , , , weights)
+    """
+    return _chosen_body(attributes, mixed)
 
 
 _NUM_EXPERTS = {"num_experts": "E", "top_k": "experts per token, k"}
@@ -244,11 +329,36 @@ INT8_EXPERTS = OpSpec(
     inputs=(
         *EXPERTS.inputs[:3],
         TensorArg(name="gate_up_proj", shape="E 2*I D", dtype="uint8", text="codes, 128 is zero"),
-        TensorArg(name="gate_up_scale", shape="E 2*I D/S", dtype="fp32", text="S the block size"),
+        TensorArg(name="gate_up_scale", shape="E 2*I D/S", dtype="fp32", text="E 2*I 1: per row"),
         TensorArg(name="down_proj", shape="E D I", dtype="uint8", text="codes, 128 is zero"),
-        TensorArg(name="down_scale", shape="E D I/S", dtype="fp32", text="real = code * scale"),
+        TensorArg(name="down_scale", shape="E D I/S", dtype="fp32", text="E D 1: per row"),
     ),
     outputs=EXPERTS.outputs,
     attributes={**_NUM_EXPERTS, "block_size": "S, divides D and I"},
     function_body=_int8_experts_body,
+)
+
+ROUTED_EXPERTS = OpSpec(
+    name="RingRoutedExperts",
+    summary="RingRouter with normalized weights and its RingExperts, for ONNX Runtime.",
+    inputs=(
+        TensorArg(name="hidden", shape="... D", dtype="float", text="normed hidden state"),
+        *ROUTER.inputs[1:],
+        *EXPERTS.inputs[3:],
+    ),
+    outputs=(
+        TensorArg(name="output", shape="... D", dtype="float", text="sum of the experts"),
+        ROUTER.outputs[0],
+    ),
+    attributes={name: text for name, text in ROUTER.attributes.items() if name != "normalize"},
+    function_body=_routed_experts_body,
+)
+
+ROUTED_INT8_EXPERTS = OpSpec(
+    name="RingRoutedInt8Experts",
+    summary="RingRouter with normalized weights and its RingInt8Experts, for ONNX Runtime.",
+    inputs=(*ROUTED_EXPERTS.inputs[:3], *INT8_EXPERTS.inputs[3:]),
+    outputs=ROUTED_EXPERTS.outputs,
+    attributes={**ROUTED_EXPERTS.attributes, "block_size": "S, divides D and I"},
+    function_body=_routed_int8_experts_body,
 )

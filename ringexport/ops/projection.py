@@ -38,14 +38,13 @@ def int8_projection(
     Args:
         hidden: [N, blocks * size].
         weight: [out, blocks, size] codes, real = (code - 128) * weight_scale.
-        weight_scale: [out, blocks].
+        weight_scale: [out, blocks], or [out, 1] for all blocks of a row.
 
     Returns:
         output [N, out] fp32.
     """
-    dims = match(
-        "weight_scale", weight_scale, "out blocks", match("weight", weight, "out blocks _")
-    )
+    dims = match("weight_scale", weight_scale, "out _", match("weight", weight, "out blocks _"))
+    weight_scale = np.broadcast_to(weight_scale, (dims["out"], dims["blocks"]))
     blocks = hidden.reshape(len(hidden), dims["blocks"], -1)
     input_scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
     codes = np.rint(blocks / np.where(input_scale == 0, 1, input_scale))
@@ -57,11 +56,14 @@ def int8_projection(
 
 def _int8_body(attributes: Attributes) -> str:
     del attributes  # referenced: every projection has sizes of its own
+    # The op wants a scale per block. A session spreads those of rows once, when it starts.
     return """
+    row_blocks = Shape <start = 0, end = 2> (weight)
+    block_scale = Expand (weight_scale, row_blocks)
     output = com.microsoft.MatMulNBits <
         K : int = @in_features, N : int = @out_features, block_size : int = @block_size,
         bits = 8, accuracy_level = 4
-    > (hidden, weight, weight_scale)
+    > (hidden, weight, block_scale)
     """
 
 
@@ -92,7 +94,9 @@ INT8_PROJECTION = OpSpec(
             name="hidden", shape="... C*S", dtype="float", text="input of C blocks of size S"
         ),
         TensorArg(name="weight", shape="O C S", dtype="uint8", text="codes, 128 is zero"),
-        TensorArg(name="weight_scale", shape="O C", dtype="fp32", text="real = code * scale"),
+        TensorArg(
+            name="weight_scale", shape="O C", dtype="fp32", text="real = code * scale; O 1: per row"
+        ),
     ),
     outputs=(TensorArg(name="output", shape="... O", dtype="float", text="product"),),
     attributes={

@@ -1,8 +1,14 @@
 """The reference page of the op contracts, docs/ops.md."""
 
 from ringexport.ops.attention import ATTENTION
-from ringexport.ops.linear_attention import LINEAR_ATTENTION
-from ringexport.ops.moe import EXPERTS, INT8_EXPERTS, ROUTER
+from ringexport.ops.linear_attention import LINEAR_ATTENTION, MASKED_LINEAR_ATTENTION, TOKEN_MASK
+from ringexport.ops.moe import (
+    EXPERTS,
+    INT8_EXPERTS,
+    ROUTED_EXPERTS,
+    ROUTED_INT8_EXPERTS,
+    ROUTER,
+)
 from ringexport.ops.plugin_ops import PLUGIN_CONTRACTS, QUANTIZED_EXPERTS, QUANTIZED_PROJECTION
 from ringexport.ops.projection import FP8_QUANTIZE, INT8_PROJECTION
 from ringexport.ops.spec import DOMAIN, OPSET, OpSpec, TensorArg
@@ -17,6 +23,10 @@ CONTRACTS = (
     INT8_EXPERTS,
     INT8_PROJECTION,
     FP8_QUANTIZE,
+    TOKEN_MASK,
+    MASKED_LINEAR_ATTENTION,
+    ROUTED_EXPERTS,
+    ROUTED_INT8_EXPERTS,
     QUANTIZED_EXPERTS,
     QUANTIZED_PROJECTION,
 )

@@ -335,6 +335,8 @@ class _Exporter(Protocol):
         directory: Path,
         *,
         decay_index: DecayIndex,
+        dtype: str,
+        provider: str,
         progress: Progress | None,
     ) -> object:
         """Write the graph."""
@@ -367,7 +369,9 @@ def _export(
     path = writer.path(f"{directory}/weights.bin").parent
     export_graph = _load_exporter()
     form = DecayIndex(resolved.decay_index)
-    export_graph(weights, path, decay_index=form, progress=progress)
+    provider = target.partition(":")[2]
+    dtype = "fp32" if provider == "cpu" or resolved.recipe == "fp32" else "bf16"
+    export_graph(weights, path, decay_index=form, dtype=dtype, provider=provider, progress=progress)
     progress.finish()
     return TargetInfo(
         directory=directory,

@@ -1,6 +1,7 @@
 """The `cuda` targets of a build: weights packed for the kernel library."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ringexport.bundle import BundleWriter, TargetInfo
 from ringexport.checkpoint import CheckpointWeights, RingConfig
@@ -13,8 +14,17 @@ from ringexport.packing.writer import WEIGHTS_FILE, formats_of, write_packed
 from ringexport.pipeline.request import target_directory
 from ringexport.pipeline.target_io import target_io
 from ringexport.progress import Progress
+from ringexport.quantize.resolve import resolve_recipe
+from ringexport.quantize.shipped import load_recipe
 
-__all__ = ["check_packed", "export_packed", "is_packed", "max_packed_bytes"]
+__all__ = [
+    "PackedRecipe",
+    "check_packed",
+    "export_packed",
+    "is_packed",
+    "max_packed_bytes",
+    "packed_recipe",
+]
 
 _PREFIX = "cuda:"
 
@@ -62,6 +72,43 @@ def max_packed_bytes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) ->
     """Return the bytes of the packed weights."""
     formats = formats_of(config, dict(schemes))
     return sum(tensor.nbytes for tensor in packed_tensors(config, formats))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRecipe:
+    """A recipe applied to a config as the kernels run it.
+
+    Attributes:
+        name: of the recipe.
+        formats: of every packed matrix.
+        fp8_cache: the KV cache is FP8-E4M3 instead of bf16.
+    """
+
+    name: str
+    formats: Mapping[str, MatrixFormat]
+    fp8_cache: bool
+
+
+def packed_recipe(name: str, config: RingConfig) -> PackedRecipe:
+    """Apply a recipe, without weights.
+
+    Args:
+        name: of a shipped recipe, or the path of a TOML file.
+        config: of the model.
+
+    Raises:
+        ConfigError: no such recipe, or one that the kernels do not run.
+    """
+    resolved = resolve_recipe(load_recipe(name), config)
+    schemes = {module: entry.scheme for module, entry in resolved.quantized.items()}
+    recipe = resolved.recipe
+    kv_cache = None if recipe.kv_cache is None else recipe.kv_cache.format
+    check_packed(
+        "cuda", schemes, what=f"recipe {name}", kv_cache=kv_cache, state=recipe.recurrent_state
+    )
+    return PackedRecipe(
+        name=recipe.name, formats=formats_of(config, schemes), fp8_cache=kv_cache is not None
+    )
 
 
 def export_packed(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringexport.engine.target import EngineTarget
-from ringexport.errors import BackendUnavailableError, ConfigError
+from ringexport.errors import ConfigError
 from ringexport.ops.decay_index import DecayIndex
 
 if TYPE_CHECKING:
@@ -58,8 +58,11 @@ _CUDA_DTYPES = dict.fromkeys(
     (name for name in RECIPES if name not in {"fp32", "fp8-static", "int8-weight-only"}), "bf16"
 )
 
+_ORT_CUDA_TARGET = "onnxruntime:cuda"
+
 RUNNABLE = {
     DEFAULT_TARGET: dict.fromkeys((name for name in RECIPES if name != "fp8-all"), "fp32"),
+    _ORT_CUDA_TARGET: {"fp32": "fp32", "bf16": "bf16"},
     "tensorrt": _TENSORRT_DTYPES,
     "tensorrt-rtx": _TENSORRT_DTYPES,
     "cuda": _CUDA_DTYPES,
@@ -68,6 +71,9 @@ RUNNABLE = {
 
 _REASONS = {
     DEFAULT_TARGET: {"fp8-all": "its KV cache is fp32"},
+    _ORT_CUDA_TARGET: {
+        name: "its graph is not quantized" for name in RECIPES if name not in UNQUANTIZED
+    },
     "tensorrt": {
         "fp32": "its plugins compute in bf16",
         "fp8-block": "its plugins take scales per row, not per block",
@@ -89,36 +95,26 @@ class _TargetForm:
     Attributes:
         name: for people.
         pattern: of the names.
-        missing: what this version lacks to build it, None if it builds it.
         family: key in `RUNNABLE`.
     """
 
     name: str
     pattern: str
-    missing: str | None
-    family: str = ""
+    family: str
 
 
 TARGET_FORMS = (
-    _TargetForm(
-        name="onnxruntime:cpu", pattern=r"onnxruntime:cpu", missing=None, family=DEFAULT_TARGET
-    ),
-    _TargetForm(
-        name="onnxruntime:cuda",
-        pattern=r"onnxruntime:cuda",
-        missing="a graph lowered for the CUDA provider",
-    ),
+    _TargetForm(name="onnxruntime:cpu", pattern=r"onnxruntime:cpu", family=DEFAULT_TARGET),
+    _TargetForm(name=_ORT_CUDA_TARGET, pattern=_ORT_CUDA_TARGET, family=_ORT_CUDA_TARGET),
     _TargetForm(
         name="cuda:sm_{80,86,89,90,100,120}",
         pattern=r"cuda:sm_(80|86|89|90|100|120)",
-        missing=None,
         family="cuda",
     ),
-    _TargetForm(name="tensorrt:sm_..", pattern=r"tensorrt:.*", missing=None, family="tensorrt"),
+    _TargetForm(name="tensorrt:sm_..", pattern=r"tensorrt:.*", family="tensorrt"),
     _TargetForm(
         name="tensorrt-rtx:sm_{80,86,89,120}",
         pattern=r"tensorrt-rtx:.*",
-        missing=None,
         family="tensorrt-rtx",
     ),
 )
@@ -164,7 +160,6 @@ def resolve(request: BuildRequest) -> "ResolvedBuild":
 
     Raises:
         ConfigError: an unknown name, or a recipe that a target does not run.
-        BackendUnavailableError: a target of the design that this version does not build.
     """
     from ringexport.bundle import ResolvedBuild  # noqa: PLC0415 (help imports this module)
 
@@ -192,8 +187,10 @@ def target_directory(target: str) -> str:
 
 
 def unquantized_recipe(targets: tuple[str, ...]) -> str:
-    """Return the recipe that changes nothing, in the dtype that all of the targets run."""
+    """Return the recipe that changes nothing: fp32 for CPUs, bf16 where all targets are GPUs."""
     fp32, bf16 = UNQUANTIZED
+    if all(name == _ORT_CUDA_TARGET for name in targets):
+        return bf16
     return fp32 if all(fp32 in RUNNABLE[_target_form(name).family] for name in targets) else bf16
 
 
@@ -208,12 +205,6 @@ def _target_form(target: str) -> _TargetForm:
     form = next((form for form in TARGET_FORMS if re.fullmatch(form.pattern, target)), None)
     if form is None:
         raise _unknown("target", target, tuple(form.name for form in TARGET_FORMS))
-    if form.missing is not None:
-        built = [form.name for form in TARGET_FORMS if form.missing is None]
-        raise BackendUnavailableError(
-            f"this version cannot build for {target}: it lacks {form.missing}",
-            hint=f"targets that it builds: {', '.join(built)}",
-        )
     return form
 
 

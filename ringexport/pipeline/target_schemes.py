@@ -50,6 +50,12 @@ def check_runnable(
     if is_packed(target):
         check_packed(target, schemes, what=what, kv_cache=kv_cache, state=state)
         return
+    quantized = next((name for name, scheme in schemes.items() if scheme.weights is not None), None)
+    if target == "onnxruntime:cuda" and quantized is not None:
+        raise ConfigError(
+            f"{what} quantizes {quantized}, and the target {target} runs no quantized modules",
+            hint="use the recipe bf16 or fp32, or a cuda:sm_.. target",
+        )
     is_tensorrt = EngineTarget.parse(target) is not None
     cache = "bf16" if is_tensorrt else "fp32"
     if kv_cache is not None:

@@ -96,9 +96,12 @@ class TensorRtTarget:
 
     def notes(self) -> list[str]:
         """Return what the user should know."""
-        if self.library.kernels != NO_KERNELS:
-            return []
-        return [f"{self.target.name} cannot run: its plugin library was compiled without kernels"]
+        name, found = self.target.name, []
+        if self.library.kernels == NO_KERNELS:
+            found.append(f"{name} cannot run: its plugin library was compiled without kernels")
+        if self.profile.options.strip_plan:
+            found.append(f"{name} has no weights (option strip_plan): refit it before it runs")
+        return found
 
     def _copy_library(self, path: Path) -> None:
         try:

@@ -9,8 +9,9 @@ from typing import Literal, Self
 import numpy as np
 
 from ringexport.errors import ConfigError, RingExportError
-from ringexport.runtime.runner import Logits, Runner
-from ringexport.runtime.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
+from ringexport.runtime.choosing import ChosenTokens, TokenChoice, chooser_of
+from ringexport.runtime.runner import Runner
+from ringexport.runtime.sampling import SamplingParams, TokenLogprobs, token_logprobs
 from ringexport.runtime.state import DecodeState
 from ringexport.runtime.streaming import StopMatcher
 from ringexport.runtime.tokenizer import ModelTokenizer
@@ -84,6 +85,7 @@ class Row:
 
     Attributes:
         prompt, params: as given.
+        choice: how the next token is chosen.
         token_ids: the chosen tokens.
         logprobs: of the chosen tokens, if the params ask for them.
         stop_reason: None while the row goes on.
@@ -110,8 +112,7 @@ class Row:
         self.stop_reason: StopReason | None = None
         self.cached_tokens = 0
         self._stop_ids = frozenset() if params.ignore_eos else tokenizer.stop_ids
-        seen = [token for token in (*history, *prompt) if 0 <= token < vocab_size]
-        self._sampler = Sampler(params, vocab_size, seen)
+        self.choice = TokenChoice(params, vocab_size, (*history, *prompt))
         self._decoder = tokenizer.decoder(skip_special_tokens=params.skip_special_tokens)
         self._matcher = StopMatcher(params.stop)
         self._parts: list[str] = []
@@ -122,15 +123,26 @@ class Row:
         """Start the clock, when the prompt of the row is about to be read."""
         self._started = self._first = self._last = time.perf_counter()
 
-    def accept(self, logits: Logits) -> str:
-        """Choose the next token from logits [vocab] and return the text that can be shown now."""
-        token = self._sampler.sample(logits)
+    def accept(self, chosen: ChosenTokens, index: int) -> str:
+        """Take over a chosen token and return the text that can be shown now.
+
+        Args:
+            chosen: the tokens of a step.
+            index: which of them is this row's.
+
+        Raises:
+            RingExportError: the logits are not finite.
+        """
+        chosen.check(index)
+        token = chosen.ids[index]
         self._last = time.perf_counter()
         if not self.token_ids:
             self._first = self._last
         self.token_ids.append(token)
+        self.choice.note(token)
         if self.params.logprobs is not None:
-            self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
+            entry = token_logprobs(chosen.logits[index], token, self.params.logprobs)
+            self.logprobs.append(entry)
         if token in self._stop_ids:
             return self.finish("stop_token")
         piece = self._shown(self._decoder.feed(token))
@@ -194,18 +206,19 @@ class Generation:
         self.fed = [0] * len(rows)
         self.consistent = True
         self._runner = runner
+        self._chooser = chooser_of(runner)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         """Yield row index and text whenever a row has new text to show."""
         for row in self.rows:
             row.start()
         running = list(range(len(self.rows)))
-        logits = self._prefill()
+        chosen = self._prefill()
         for index in running:
             if self.rows[index].params.max_new_tokens == 0:
                 self.rows[index].finish("length")
         while True:
-            yield from self._accept(running, logits)
+            yield from self._accept(running, chosen)
             slots = [
                 slot for slot, index in enumerate(running) if self.rows[index].stop_reason is None
             ]
@@ -214,41 +227,43 @@ class Generation:
             if len(slots) < len(running):
                 self.state = self.state.fork(slots)
                 running = [running[slot] for slot in slots]
-            logits = self._decode(running)
+            chosen = self._decode(running)
 
-    def _accept(self, running: Sequence[int], logits: Logits) -> Iterator[tuple[int, str]]:
-        """Choose the next token of each running row, and end those whose context is full."""
+    def _accept(self, running: Sequence[int], chosen: ChosenTokens) -> Iterator[tuple[int, str]]:
+        """Take over the next token of each running row, and end those whose context is full."""
         limit = self._runner.spec.context_length
         position = self.state.position
         for slot, index in enumerate(running):
             row = self.rows[index]
             if row.stop_reason is not None:
                 continue
-            piece = row.accept(logits[slot])
+            piece = row.accept(chosen, slot)
             if row.stop_reason is None and position[slot] >= limit:
                 piece += row.finish("context")
             if piece:
                 yield index, piece
 
-    def _prefill(self) -> Logits:
+    def _prefill(self) -> ChosenTokens:
         lengths = [len(row.prompt) for row in self.rows]
         tokens = np.zeros((len(self.rows), max(lengths)), dtype=np.int64)
         for index, row in enumerate(self.rows):
             tokens[index, : lengths[index]] = row.prompt
         self.consistent = False
-        logits = self._runner.prefill(tokens, lengths, self.state)
+        choices = [None if row.params.max_new_tokens == 0 else row.choice for row in self.rows]
+        chosen = self._chooser.choose_prefill(tokens, lengths, self.state, choices).result()
         self.fed = lengths
         self.consistent = True
-        return logits
+        return chosen
 
-    def _decode(self, running: Sequence[int]) -> Logits:
-        tokens = [self.rows[index].token_ids[-1] for index in running]
+    def _decode(self, running: Sequence[int]) -> ChosenTokens:
+        choices = [self.rows[index].choice for index in running]
         self.consistent = False
-        logits = self._runner.decode(tokens, self.state)
+        rows = range(len(running))
+        chosen = self._chooser.choose_decode(self.state, rows, choices).result()
         for index in running:
             self.fed[index] += 1
         self.consistent = True
-        return logits
+        return chosen
 
 
 class GenerationStream:

@@ -41,6 +41,8 @@ def split_prompt(prompt: object) -> tuple[str, list[Any]]:
     items = list(prompt)
     if not items:
         raise ConfigError("the prompt is empty", hint="give at least one character")
+    if set(map(type, items)) == {int}:  # nearly always; a long prompt has many
+        return "ids", items
     kinds = {_kind(item, index) for index, item in enumerate(items)}
     if len(kinds) > 1:
         raise ConfigError("the prompt mixes token ids and messages")

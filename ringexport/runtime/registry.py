@@ -12,6 +12,7 @@ from ringexport.bundle import EngineBundle, FileEntry
 from ringexport.errors import BackendUnavailableError, BundleError, CheckpointError, DigestError
 from ringexport.files import sha256_of
 from ringexport.ops.decay import DecayIndex
+from ringexport.runtime.gpu import has_gpu
 from ringexport.runtime.runner import DEFAULT_PREFILL_CHUNK, Runner
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 UNQUANTIZED = ("fp32", "bf16")
+CUDA_PROVIDER_FILE = "*onnxruntime_providers_cuda.*"
+"""What onnxruntime-gpu has and onnxruntime has not: both install the same package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,7 @@ class RunnerOptions:
 def available_backends() -> tuple[BackendInfo, ...]:
     """Return all backends, the preferred first, without importing their packages."""
     ort = _package("onnxruntime:cpu", "onnxruntime", "ort")
-    return (ort, _package("torch", "torch", "torch"))
+    return (_onnxruntime_cuda(), ort, _package("torch", "torch", "torch"))
 
 
 def _package(name: str, package: str, extra: str) -> BackendInfo:
@@ -83,6 +86,20 @@ def _package(name: str, package: str, extra: str) -> BackendInfo:
         missing=f"the package {package} is not installed",
         hint=f"pip install 'ringexport[{extra}]'",
     )
+
+
+def _onnxruntime_cuda() -> BackendInfo:
+    """Look for onnxruntime's CUDA provider, and for a GPU."""
+    name, hint = "onnxruntime:cuda", "pip uninstall onnxruntime; pip install 'ringexport[ort-cuda]'"
+    spec = importlib.util.find_spec("onnxruntime")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not any(list(Path(place, "capi").glob(CUDA_PROVIDER_FILE)) for place in places):
+        missing = "the package onnxruntime-gpu is not installed"
+        return BackendInfo(name=name, missing=missing, hint=hint)
+    if not has_gpu():
+        missing = "this machine has no NVIDIA GPU with a driver"
+        return BackendInfo(name=name, missing=missing, hint="use the backend onnxruntime:cpu")
+    return BackendInfo(name=name)
 
 
 def open_bundle_runner(
@@ -116,9 +133,16 @@ def open_bundle_runner(
             target.limits,
             partial(_bundle_digest, bundle),
         )
-    from ringexport.runtime.backends.ort import OrtOptions, OrtRunner  # noqa: PLC0415 - on demand
+    return _open_onnxruntime(bundle, name, options)
 
-    return OrtRunner(
+
+def _open_onnxruntime(bundle: EngineBundle, name: str, options: RunnerOptions) -> Runner:
+    from ringexport.runtime.backends.ort import OrtOptions, OrtRunner  # noqa: PLC0415 - on demand
+    from ringexport.runtime.backends.ort_cuda import OrtCudaRunner  # noqa: PLC0415 - on demand
+
+    target = bundle.targets[name]
+    kind = OrtCudaRunner if name == "onnxruntime:cuda" else OrtRunner
+    return kind(
         bundle.directory / target.directory,
         context_length=target.limits.get("context_length", bundle.manifest.model.context_length),
         model_digest=partial(_bundle_digest, bundle),

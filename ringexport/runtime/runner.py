@@ -47,6 +47,7 @@ class RunnerSpec:
         layout: sizes of the state.
         max_batch: rows per state, None for no limit.
         prefill_chunk: tokens per row that are computed at once.
+        token_budget: prompt tokens to read between two decode steps when others wait for theirs.
     """
 
     name: str
@@ -55,6 +56,7 @@ class RunnerSpec:
     layout: StateLayout
     max_batch: int | None = None
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    token_budget: int = 512
 
     def __post_init__(self) -> None:
         if self.prefill_chunk < 1:

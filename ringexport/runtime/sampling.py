@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ringexport.errors import ConfigError, RingExportError
 
-__all__ = ["Sampler", "SamplingParams", "TokenLogprobs", "token_logprobs"]
+__all__ = ["Sampler", "SamplingParams", "TokenLogprobs", "check_largest", "token_logprobs"]
 
 MAX_LOGPROBS = 100
 MAX_FLOAT = sys.float_info.max
@@ -40,7 +40,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the most likely; 0 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens that are
             in the prompt or the text; 1 does nothing, 0.01 to 100.
-        seed: the same seed gives the same text; None draws a new one for each call.
+        seed: the same seed gives the same text on the same backend, whatever runs beside it; None
+            draws a new one for each call.
         stop: texts that end the generation; they are not part of the text.
         ignore_eos: go on after a stop token.
         skip_special_tokens: leave special tokens out of the text.
@@ -144,11 +145,7 @@ class Sampler:
         """
         values = self._penalized(logits)
         best = int(values.argmax())  # of NaN too, if there is one
-        if not math.isfinite(values[best]):
-            raise RingExportError(
-                f"the largest logit is {values[best]}, expected a finite number",
-                hint="the weights or the state are damaged; compare the bundle with the reference",
-            )
+        check_largest(float(values[best]))
         token = best if self._params.temperature == 0 else self._draw(values)
         if self._seen is not None:
             self._seen[token] = True
@@ -175,6 +172,15 @@ class Sampler:
             ids, weights = kept if ids is None else ids[kept], weights[kept]
         place = _place(weights, self._rng.random())
         return place if ids is None else int(ids[place])
+
+
+def check_largest(logit: float) -> None:
+    """Raise RingExportError if the largest logit of a row shows that something is damaged."""
+    if not math.isfinite(logit):
+        raise RingExportError(
+            f"the largest logit is {logit}, expected a finite number",
+            hint="the weights or the state are damaged; compare the bundle with the reference",
+        )
 
 
 def _top_ids(values: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:

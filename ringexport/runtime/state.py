@@ -70,6 +70,11 @@ class DecodeState(Protocol):
     ) -> None:
         """Take over `source_rows` of a state of the same runner, which may be this one."""
 
+    def move_rows(
+        self, rows: Sequence[int], source: "DecodeState", source_rows: Sequence[int]
+    ) -> None:
+        """Take over rows like `copy_rows`; what `source_rows` hold afterwards is not defined."""
+
     def reset(self, rows: Sequence[int]) -> None:
         """Make `rows` as empty as those of a new state."""
 
@@ -174,14 +179,23 @@ class BaseState(ABC):
         Raises:
             ShapeError: a row that does not exist or comes twice, or a state of another runner.
         """
-        if not isinstance(source, type(self)) or source.owner is not self.owner:
-            raise ShapeError("the rows are of a state of another runner")
-        origin = source._existing(source_rows)  # noqa: SLF001 - a state like this one
-        chosen = self._targets(rows, len(origin))
-        if source is self and set(chosen) & set(origin):
-            raise ShapeError(f"the rows {origin} and {chosen} of one state overlap")
-        self._copy_rows(chosen, source, origin)
-        self.position[chosen] = source.position[origin]
+        other, chosen, origin = self._pairs(rows, source, source_rows)
+        self._copy_rows(chosen, other, origin)
+        self.position[chosen] = other.position[origin]
+
+    def move_rows(
+        self, rows: Sequence[int], source: DecodeState, source_rows: Sequence[int]
+    ) -> None:
+        """Take over rows like `copy_rows`, without a copy where the backend can.
+
+        What `source_rows` hold afterwards is not defined: reset them before they are used again.
+
+        Raises:
+            ShapeError: as `copy_rows`.
+        """
+        other, chosen, origin = self._pairs(rows, source, source_rows)
+        self._move_rows(chosen, other, origin)
+        self.position[chosen] = other.position[origin]
 
     def reset(self, rows: Sequence[int]) -> None:
         """Make `rows` as empty as those of a new state.
@@ -211,6 +225,18 @@ class BaseState(ABC):
             raise ShapeError("a state needs at least one row")
         return chosen
 
+    def _pairs(
+        self, rows: Sequence[int], source: DecodeState, source_rows: Sequence[int]
+    ) -> tuple[Self, list[int], list[int]]:
+        """Check what `copy_rows` is given."""
+        if not isinstance(source, type(self)) or source.owner is not self.owner:
+            raise ShapeError("the rows are of a state of another runner")
+        origin = source._existing(source_rows)  # noqa: SLF001 - a state like this one
+        chosen = self._targets(rows, len(origin))
+        if source is self and set(chosen) & set(origin):
+            raise ShapeError(f"the rows {origin} and {chosen} of one state overlap")
+        return source, chosen, origin
+
     def _targets(self, rows: Sequence[int], count: int) -> list[int]:
         """Check that `count` rows can be written to these."""
         chosen = self._existing(rows)
@@ -237,6 +263,13 @@ class BaseState(ABC):
         The caller sets their position afterwards.
         """
         self._write_rows(rows, source.snapshot_rows(source_rows))
+
+    def _move_rows(self, rows: list[int], source: Self, source_rows: list[int]) -> None:
+        """Take over rows that exist and do not overlap; a backend can override it to copy nothing.
+
+        The caller sets their position afterwards.
+        """
+        self._copy_rows(rows, source, source_rows)
 
     def _clear_rows(self, rows: list[int]) -> None:
         """Make existing rows empty; a backend can override it to stay on its device.

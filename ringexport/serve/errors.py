@@ -19,6 +19,7 @@ from ringexport.errors import (
 __all__ = ["ApiError", "JsonReply", "encode_json", "translated"]
 
 RETRY_SECONDS = 2
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -80,8 +81,7 @@ class JsonReply(Response):
 
 def encode_json(value: Any) -> bytes:
     """Return JSON as UTF-8, on one line."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    return _encode(value).encode("utf-8", "backslashreplace")
 
 
 def translated(error: RingExportError) -> ApiError:

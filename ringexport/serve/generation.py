@@ -2,13 +2,16 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ringexport.batching import Event, FinishedEvent, PieceEvent, Ticket
 from ringexport.runtime.generation import GenerationResult
 from ringexport.serve.errors import ApiError, translated
 
-__all__ = ["ClientGoneError", "Feed", "Hub", "SlowReaderError", "finished"]
+__all__ = ["ClientGoneError", "Direct", "Feed", "Hub", "SlowReaderError", "finished"]
+
+Direct = Callable[[Sequence[PieceEvent]], bool]
+"""Takes pieces, on the event loop; False if somebody has to wait before they can be taken."""
 
 
 class ClientGoneError(Exception):
@@ -78,6 +81,8 @@ class Feed:
         self._overflowed = False
         self._abandoned = False
         self._ticket: Ticket | None = None
+        self._direct: Direct | None = None
+        self._error: Exception | None = None
 
     def start(self, ticket: Ticket) -> None:
         """Remember what to cancel."""
@@ -102,16 +107,27 @@ class Feed:
             if self._scheduled and not self._overflowed:
                 return
             self._scheduled = True
-        self._hub.call(self._overflow if self._overflowed else self.wake)
+        self._hub.call(self._overflow if self._overflowed else self._arrived)
 
-    async def events(self) -> list[Event]:
+    async def events(self, direct: Direct | None = None) -> list[Event]:
         """Wait for new events; there may be none if `wake` was called.
+
+        Args:
+            direct: takes pieces while this waits, which saves the way through a task; what it does
+                not take, and the end, is returned.
 
         Raises:
             ClientGoneError, SlowReaderError: there is no sense in going on.
+            Exception: what `direct` has raised.
         """
-        await self._woken.wait()
+        self._direct = direct
+        try:
+            await self._woken.wait()
+        finally:
+            self._direct = None
         self._woken.clear()
+        if self._error is not None:
+            raise self._error
         if self._abandoned:
             raise ClientGoneError
         with self._lock:
@@ -145,6 +161,24 @@ class Feed:
         """End the request, if it has not ended."""
         if self._ticket is not None:
             self._ticket.cancel()
+
+    def _arrived(self) -> None:
+        """Pass new pieces on, or wake who waits for them."""
+        direct = self._direct
+        if direct is None or self._woken.is_set():
+            self.wake()
+            return
+        with self._lock:
+            events, self._events, self._scheduled = self._events, [], False
+        pieces = [event for event in events if isinstance(event, PieceEvent)]
+        try:
+            taken = len(pieces) == len(events) and direct(pieces)
+        except Exception as error:  # noqa: BLE001 - `events` raises it, in the task of the stream
+            self._error, taken = error, False
+        if not taken:
+            with self._lock:
+                self._events, self._scheduled = events + self._events, True
+            self.wake()
 
     def _overflow(self) -> None:
         self.wake()

@@ -51,6 +51,8 @@ class ReplyParser:
 
     def feed(self, text: str) -> list[Part]:
         """Return what the text completes."""
+        if self._mode == "content" and not (self._tools or self._trim):
+            return [_content(text)] if text else []  # nothing is ever held back here
         self._held += text
         parts: list[Part] = []
         while self._step(parts):

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ringexport.serve.errors import ApiError, encode_json
-from ringexport.serve.streaming import ABORT
+from ringexport.serve.streaming import ABORT, WRITER
 
 __all__ = ["HttpProtocol"]
 
@@ -28,7 +28,10 @@ class HttpProtocol(H11Protocol):
         inner = self.app
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            scope.setdefault("extensions", {})[ABORT] = self.transport.abort
+            extensions = scope.setdefault("extensions", {})
+            extensions[ABORT] = self.transport.abort
+            if scope["http_version"] == "1.1":
+                extensions[WRITER] = _ChunkWriter(self)
             await inner(scope, receive, send)
 
         self.app = app
@@ -77,3 +80,25 @@ class HttpProtocol(H11Protocol):
             self.transport.abort()
             return
         self.loop.call_later(self._head_seconds / 4, self._watch_head)
+
+
+class _ChunkWriter:
+    """A `BodyWriter` for the request in work.
+
+    It writes the chunks of HTTP/1.1 itself: what has no length is sent in chunks there, and h11
+    remembers nothing about those that it has sent.
+    """
+
+    def __init__(self, connection: HttpProtocol) -> None:
+        self._flow, self._transport = connection.flow, connection.transport
+        self._cycle = connection.cycle
+
+    @property
+    def ready(self) -> bool:
+        """Whether the reader keeps up, and is still there."""
+        lost = self._cycle.disconnected or self._transport.is_closing()
+        return not (lost or self._flow.write_paused)
+
+    def write(self, data: bytes) -> None:
+        """Write one chunk."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))

@@ -1,14 +1,19 @@
-"""Generated text in the shape of OpenAI's answers: whole, or chunk by chunk."""
+"""Generated text in the shape of OpenAI's answers: whole, or chunk by chunk.
+
+Chunks are JSON. Nearly all differ only in their text, so that the rest of such a chunk is encoded
+once for each answer.
+"""
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ringexport.batching import PieceEvent
 from ringexport.runtime.generation import GenerationResult
 from ringexport.runtime.sampling import TokenLogprobs
 from ringexport.runtime.tokenizer import ModelTokenizer
+from ringexport.serve.errors import encode_json
 from ringexport.serve.parsing import THINK_END, Part, ReplyParser
 
 __all__ = ["ChatReply", "CompletionReply", "Reply"]
@@ -20,13 +25,13 @@ FINISH = {"stop_token": "stop", "stop_text": "stop", "length": "length", "contex
 class Reply(Protocol):
     """One answer on its way to a client."""
 
-    def head(self) -> list[Json]:
+    def head(self) -> list[bytes]:
         """Return the chunks before the first token."""
 
-    def chunks(self, events: Sequence[PieceEvent]) -> list[Json]:
+    def chunks(self, events: Sequence[PieceEvent]) -> list[bytes]:
         """Return the chunks for new tokens, possibly none."""
 
-    def tail(self, result: GenerationResult) -> list[Json]:
+    def tail(self, result: GenerationResult) -> list[bytes]:
         """Return the chunks after the last token."""
 
     def whole(self, result: GenerationResult) -> Json:
@@ -45,18 +50,36 @@ class _Envelope:
         }
         self._include_usage = include_usage
 
-    def chunk(self, choice: Json) -> Json:
+    def chunk(self, choice: Json) -> bytes:
         """Return a chunk with one choice."""
         fields = {**self._fields, "choices": [choice]}
-        return fields | {"usage": None} if self._include_usage else fields
+        return encode_json(fields | {"usage": None} if self._include_usage else fields)
 
-    def usage_chunks(self, usage: Json) -> list[Json]:
+    def usage_chunks(self, usage: Json) -> list[bytes]:
         """Return the chunk with the numbers of tokens, if it is wanted."""
-        return [{**self._fields, "choices": [], "usage": usage}] if self._include_usage else []
+        if not self._include_usage:
+            return []
+        return [encode_json({**self._fields, "choices": [], "usage": usage})]
 
     def whole(self, choice: Json, usage: Json) -> Json:
         """Return an answer with one choice."""
         return {**self._fields, "choices": [choice], "usage": usage}
+
+
+class _TextChunk:
+    """A chunk of which only the text changes.
+
+    Args:
+        make: returns the chunk with a text.
+    """
+
+    def __init__(self, make: Callable[[str], bytes]) -> None:
+        mark = uuid.uuid4().hex
+        self._before, _, self._after = make(mark).partition(encode_json(mark))
+
+    def encode(self, text: str) -> bytes:
+        """Return the chunk with a text."""
+        return b"%b%b%b" % (self._before, encode_json(text), self._after)
 
 
 class _Sent:
@@ -103,23 +126,27 @@ class ChatReply:
         self._thinking = thinking
         self._sent = _Sent()
         self._calls = 0
+        self._content = _TextChunk(lambda text: self._chunk({"content": text}))
+        self._reasoning = _TextChunk(lambda text: self._chunk({"reasoning_content": text}))
 
-    def head(self) -> list[Json]:
+    def head(self) -> list[bytes]:
         """Return the chunk that names the role."""
         return [self._chunk({"role": "assistant", "content": ""})]
 
-    def chunks(self, events: Sequence[PieceEvent]) -> list[Json]:
+    def chunks(self, events: Sequence[PieceEvent]) -> list[bytes]:
         """Return the chunks for new tokens."""
-        found = self._parts(self._parser.feed(self._sent.take(events)))
-        logprobs = [entry for event in events for entry in event.logprobs]
-        if logprobs:
-            found = found or [self._chunk({})]
-            found[0]["choices"][0]["logprobs"] = {"content": self._logprobs(logprobs)}
-        return found
+        parts = self._parser.feed(self._sent.take(events))
+        entries = [entry for event in events for entry in event.logprobs]
+        if not entries:
+            return [self._part(part) for part in parts]
+        delta = self._delta(parts[0]) if parts else {}
+        logprobs = {"content": self._logprobs(entries)}
+        return [self._chunk(delta, logprobs=logprobs), *map(self._part, parts[1:])]
 
-    def tail(self, result: GenerationResult) -> list[Json]:
+    def tail(self, result: GenerationResult) -> list[bytes]:
         """Return the rest of the text, the reason of the end, and the numbers of tokens."""
-        found = self._parts(self._parser.feed(self._sent.rest(result)) + self._parser.flush())
+        parts = self._parser.feed(self._sent.rest(result)) + self._parser.flush()
+        found = [self._part(part) for part in parts]
         found.append(self._chunk({}, finish=self._finish(result)))
         return found + self._envelope.usage_chunks(self._usage(result))
 
@@ -140,21 +167,24 @@ class ChatReply:
         choice["logprobs"] = None if logs is None else {"content": self._logprobs(logs)}
         return self._envelope.whole(choice, self._usage(result))
 
-    def _parts(self, parts: Sequence[Part]) -> list[Json]:
-        found = []
-        for part in parts:
-            if part.call is not None:
-                delta: Json = {"tool_calls": [{"index": self._calls, **_call(part)}]}
-                self._calls += 1
-            elif part.reasoning:
-                delta = {"reasoning_content": part.reasoning}
-            else:
-                delta = {"content": part.content}
-            found.append(self._chunk(delta))
-        return found
+    def _part(self, part: Part) -> bytes:
+        if part.call is not None:
+            return self._chunk(self._delta(part))
+        if part.reasoning:
+            return self._reasoning.encode(part.reasoning)
+        return self._content.encode(part.content)
 
-    def _chunk(self, delta: Json, *, finish: str | None = None) -> Json:
-        return self._envelope.chunk({"index": 0, "delta": delta, "finish_reason": finish})
+    def _delta(self, part: Part) -> Json:
+        if part.call is not None:
+            self._calls += 1
+            return {"tool_calls": [{"index": self._calls - 1, **_call(part)}]}
+        if part.reasoning:
+            return {"reasoning_content": part.reasoning}
+        return {"content": part.content}
+
+    def _chunk(self, delta: Json, *, finish: str | None = None, logprobs: Json = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        return self._envelope.chunk(choice | {"logprobs": logprobs} if logprobs else choice)
 
     def _finish(self, result: GenerationResult) -> str:
         finish = FINISH[result.stop_reason]
@@ -197,20 +227,23 @@ class CompletionReply:
         self._sent = _Sent()
         self._decoder = tokenizer.decoder()
         self._offset = 0
+        self._text_chunk = _TextChunk(
+            lambda text: self._envelope.chunk(self._choice(text, None, None))
+        )
 
-    def head(self) -> list[Json]:
+    def head(self) -> list[bytes]:
         """Return nothing: the first chunk has text."""
         return []
 
-    def chunks(self, events: Sequence[PieceEvent]) -> list[Json]:
+    def chunks(self, events: Sequence[PieceEvent]) -> list[bytes]:
         """Return the chunk for new tokens."""
         text = self._sent.take(events)
-        logprobs = [entry for event in events for entry in event.logprobs]
-        if not text and not logprobs:
-            return []
-        return [self._envelope.chunk(self._choice(text, None, logprobs or None))]
+        entries = [entry for event in events for entry in event.logprobs]
+        if entries:
+            return [self._envelope.chunk(self._choice(text, None, entries))]
+        return [self._text_chunk.encode(text)] if text else []
 
-    def tail(self, result: GenerationResult) -> list[Json]:
+    def tail(self, result: GenerationResult) -> list[bytes]:
         """Return the rest of the text, the reason of the end, and the numbers of tokens."""
         choice = self._choice(self._sent.rest(result), FINISH[result.stop_reason], None)
         return [self._envelope.chunk(choice), *self._envelope.usage_chunks(_usage(result))]

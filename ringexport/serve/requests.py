@@ -214,8 +214,8 @@ def _prompt(fields: Fields) -> str | list[int]:
         value = value[0]
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, list) and value and all(type(item) is int for item in value):
-        return list(value)
+    if isinstance(value, list) and set(map(type, value)) == {int}:
+        return value
     raise fields.error("prompt", "must be a text or a list of token ids, and only one of them")
 
 

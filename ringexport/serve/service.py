@@ -157,7 +157,7 @@ class Service:
             message = f"the prompt has {len(ids):,} tokens, this server allows {most:,}"
             raise ApiError(message, code="context_length_exceeded")
         vocabulary = self._engine.runner.spec.vocab_size
-        if not all(0 <= token < vocabulary for token in ids):
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             message = f"the prompt holds a token id out of range: ids are 0 to {vocabulary - 1:,}"
             raise ApiError(message, param="prompt")
         return ids

@@ -2,26 +2,48 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ringexport.batching import Event, PieceEvent
 from ringexport.serve.errors import ApiError, encode_json
-from ringexport.serve.generation import ClientGoneError, Feed, SlowReaderError, finished
+from ringexport.serve.generation import (
+    ClientGoneError,
+    Direct,
+    Feed,
+    SlowReaderError,
+    finished,
+)
 from ringexport.serve.options import ServeOptions
 from ringexport.serve.replies import Reply
 
-__all__ = ["ABORT", "EventStream", "wait_for_disconnect"]
+__all__ = ["ABORT", "WRITER", "BodyWriter", "EventStream", "wait_for_disconnect"]
 
 log = logging.getLogger(__name__)
 
 ABORT = "ringexport.abort"
 """Extension of the ASGI scope: a function that drops the connection, and what is left to send."""
 
+WRITER = "ringexport.writer"
+"""Another one: a `BodyWriter`, where the server has one."""
+
 HEARTBEAT = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
+
+
+class BodyWriter(Protocol):
+    """Writes parts of a streamed body past all that is between; `send` does it in many steps."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the reader keeps up."""
+
+    def write(self, data: bytes) -> None:
+        """Write a part behind what was sent."""
 
 
 class EventStream(Response):
@@ -44,9 +66,11 @@ class EventStream(Response):
         """Send the stream; whatever ends it early cancels the request."""
         watcher = asyncio.create_task(wait_for_disconnect(receive, self._feed))
         pulse = _Pulse(self._options, on_silence=self._feed.wake, on_stall=lambda: abort(scope))
+        writer = scope.get("extensions", {}).get(WRITER)
+        direct = None if writer is None else partial(self._write, writer, pulse)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for data in self._data():
+            async for data in self._data(direct):
                 pulse.begin()
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 pulse.end()
@@ -62,13 +86,25 @@ class EventStream(Response):
             watcher.cancel()
             self._feed.cancel()
 
-    async def _data(self) -> AsyncIterator[bytes]:
-        """Yield what to send; an error while generating is the last event of its stream."""
+    def _write(self, writer: BodyWriter, pulse: "_Pulse", pieces: Sequence[PieceEvent]) -> bool:
+        """Write pieces at once, unless the reader is behind."""
+        if not writer.ready:
+            return False
+        if data := _events(self._reply.chunks(pieces)):
+            writer.write(data)
+            pulse.end()
+        return True
+
+    async def _data(self, direct: Direct | None) -> AsyncIterator[bytes]:
+        """Yield what to send, but for what `direct` takes meanwhile.
+
+        An error while generating is the last event of its stream.
+        """
         try:
             if head := self._reply.head():
                 yield _events(head)
             while True:
-                events = await self._feed.events()
+                events = await self._feed.events(direct)
                 if not events:
                     yield HEARTBEAT
                     continue
@@ -78,7 +114,7 @@ class EventStream(Response):
                     yield _events(self._reply.tail(finished(events[-1]))) + DONE
                     return
         except ApiError as error:
-            yield _events([error.body])
+            yield _events([encode_json(error.body)])
 
     def _progress(self, events: list[Event]) -> bytes:
         pieces = [event for event in events if isinstance(event, PieceEvent)]
@@ -146,5 +182,5 @@ def abort(scope: Scope) -> None:
         found()
 
 
-def _events(chunks: list[object]) -> bytes:
-    return b"".join([b"data: " + encode_json(chunk) + b"\n\n" for chunk in chunks])
+def _events(chunks: Sequence[bytes]) -> bytes:
+    return b"".join([b"data: %b\n\n" % chunk for chunk in chunks])

@@ -10,6 +10,7 @@ from ringexport.pipeline.request import BuildRequest
 from ringexport.runtime.registry import RunnerOptions
 from ringexport.runtime.session import Engine
 from ringexport.runtime.tokenizer import ModelTokenizer
+from tests.device_runner import DeviceRunner
 from tests.runners import FakeRunner
 
 
@@ -18,9 +19,10 @@ def tokenizer(tiny_checkpoint: Path) -> ModelTokenizer:
     return ModelTokenizer.open(tiny_checkpoint, vocab_size=384)
 
 
-@pytest.fixture
-def runner() -> FakeRunner:
-    return FakeRunner()
+@pytest.fixture(params=[FakeRunner, DeviceRunner], ids=["host", "device"])
+def runner(request: pytest.FixtureRequest) -> FakeRunner:
+    made: FakeRunner = request.param()
+    return made
 
 
 @pytest.fixture

@@ -114,7 +114,8 @@ def test_a_full_queue_refuses_and_has_room_again(fake: Engine, gate: Gate) -> No
         with pytest.raises(QueueFullError, match="5 requests"):
             batching.submit([1], params(4))
         stats = batching.stats()
-        assert (stats.running, stats.waiting, stats.refused) == (2, 3, 1)
+        assert (stats.running + stats.waiting, stats.refused) == (5, 1)
+        assert stats.running in {1, 2}  # the first may be held before the second is submitted
         gate.open.set()
         for ticket in tickets:
             ticket.result(WAIT)

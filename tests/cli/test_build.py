@@ -103,7 +103,7 @@ def test_resolve_gives_one_hashable_value() -> None:
     [
         (["--recipe", "fp9"], 3, ["unknown recipe 'fp9'", "did you mean fp8?", "int8"]),
         (["--target", "onnxruntime:cup"], 3, ["unknown target", "did you mean onnxruntime:cpu?"]),
-        (["--target", "onnxruntime:cuda"], 4, ["it lacks", "targets that it builds"]),
+        (["--target", "onnxruntime:cuda", "--recipe", "int8"], 3, ["not quantized", "fp32, bf16"]),
         (["--target", "cuda:sm_90"], 3, ["no kernels for head_dim 16", "64 or 128"]),
         (["--target", "cuda:sm_90", "--recipe", "fp8-static"], 3, ["quantize inputs per token"]),
         (["--target", "cuda:sm_91"], 3, ["unknown target 'cuda:sm_91'"]),

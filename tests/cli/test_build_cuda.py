@@ -1,8 +1,9 @@
-"""Bundles for the cuda targets: built anywhere, run where the GPU is."""
+"""Bundles for targets on NVIDIA GPUs: built anywhere, run where the GPU is."""
 
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors import safe_open
@@ -47,3 +48,33 @@ def test_one_bundle_holds_several_targets(call: Call, tmp_path: Path) -> None:
     assert called.json["backend"] == (
         "cuda:sm_90" if torch.cuda.is_available() else "onnxruntime:cpu"
     )
+
+
+@pytest.mark.parametrize(("recipe", "cache"), [("auto", "BFLOAT16"), ("fp32", "FLOAT")])
+def test_build_for_the_cuda_provider(call: Call, tmp_path: Path, recipe: str, cache: str) -> None:
+    out = tmp_path / "bundle"
+    called = call("build", RING_NANO, "-o", out, "--target", "onnxruntime:cuda", "--recipe", recipe)
+    assert called.code == 0, called.err
+    path = out / "targets" / "onnxruntime-cuda" / "model.onnx"
+    graph = onnx.load(str(path), load_external_data=False).graph
+    types = {info.name: info.type.tensor_type.elem_type for info in graph.input}
+    assert types["past_key.2"] == getattr(onnx.TensorProto, cache)
+    assert types["total_length"] == onnx.TensorProto.INT32
+    assert call("inspect", out).code == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_cuda_provider_is_missing(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    assert call("build", RING_NANO, "-o", out, "--target", "onnxruntime:cuda").code == 0
+    assert_refused(call("run", out, "x"), 4, "onnxruntime-gpu is not installed")
+    refused = call("run", out, "x", "--backend", "onnxruntime:cuda")
+    assert_refused(refused, 4, "onnxruntime-gpu is not installed")
+    assert "ringexport[ort-cuda]" in refused.err
+
+
+def test_the_cuda_provider_runs_no_quantized_modules(call: Call, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('base = "fp8"\n')
+    arguments = ("-o", tmp_path / "out", "--target", "onnxruntime:cuda", "--recipe", recipe)
+    assert_refused(call("build", RING_NANO, *arguments), 3, "runs no quantized modules")

@@ -377,6 +377,8 @@ def test_doctor(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     targets = {target["target"]: target for target in called.json["targets"]}
     assert targets["onnxruntime:cpu"]["works"]
     assert not targets["tensorrt:sm_.."]["works"]
+    machine = {check["name"]: check for check in called.json["machine"]}
+    assert {"nvcc", "cmake", "g++", "TensorRT headers"} <= machine.keys()
     assert called.json["stale_builds"] == ["bundles/out.tmp-0123"]
     assert "out.tmp-0123" in call("doctor").out
 
@@ -391,6 +393,22 @@ def test_doctor_without_packages(call: Call, monkeypatch: pytest.MonkeyPatch) ->
     assert not targets["onnxruntime:cpu"]["works"]
     assert targets["onnxruntime:cpu"]["install"] == "pip install 'ringexport[ort]'"
     assert targets["torch"]["install"] == "pip install 'ringexport[torch]'"
+
+
+def test_doctor_without_tools(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What compiling the kernels needs is named, with where it was looked for."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    machine = {check["name"]: check for check in call("doctor", "--json").json["machine"]}
+    for name in ("nvcc", "cmake", "g++"):
+        assert not machine[name]["found"]
+        assert machine[name]["install"]
+    assert machine["nvcc"]["detail"] == f"no nvcc at {tmp_path / 'nvcc'}"
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "NvInferRuntime.h").touch()
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    machine = {check["name"]: check for check in call("doctor", "--json").json["machine"]}
+    assert machine["TensorRT headers"]["detail"] == str(tmp_path / "include")
 
 
 def test_a_bug_is_reported_in_two_lines(

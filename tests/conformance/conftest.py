@@ -1,20 +1,92 @@
-"""One runner per backend, opened once."""
+"""One runner per backend, opened once, over a tiny model that it can run."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ringexport.compare.tolerances import TOLERANCES
 from ringexport.runtime.runner import Runner
-from tests.runners import BACKENDS, export_tiny_graph, open_test_runner, skip_if_missing
+from tests.checkpoints import make_checkpoint
+from tests.runners import (
+    BACKENDS,
+    CUDA_SHAPE,
+    export_tiny_graph,
+    open_test_runner,
+    skip_if_missing,
+)
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(scope="session")
-def tiny_graph(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_tiny_graph(tiny_checkpoint, tmp_path_factory.mktemp("graph") / "target")
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint and what the backends make of it."""
+
+    checkpoint: Path
+    directory: Path
+
+    @cached_property
+    def graph(self) -> Path:
+        return export_tiny_graph(self.checkpoint, self.directory / "target")
+
+    def open(self, backend: str, *, prefill_chunk: int = 4096) -> Runner:
+        needs_graph = backend not in {"torch", "cuda"}
+        graph = self.graph if needs_graph else self.directory
+        return open_test_runner(backend, self.checkpoint, graph, prefill_chunk=prefill_chunk)
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Largest difference over largest value, between two ways of one backend to compute the same.
+
+    Attributes:
+        logits: of logits.
+        state: of recurrent states and KV caches.
+        backends: of logits, between this backend and an fp32 one.
+        error: about one rounding: a backend whose steps equal its prefill so far has error 0,
+            from which no growth can be foretold.
+    """
+
+    logits: float
+    state: float
+    backends: float
+    error: float
+
+    @classmethod
+    def fp32(cls) -> "Bounds":
+        """Only the order of sums differs, as at level L1; between backends as at level L4."""
+        same = TOLERANCES["reference_values"].bound
+        backends = TOLERANCES["hidden_fp32"].bound
+        return cls(logits=same, state=same, backends=backends, error=1e-7)
+
+    @classmethod
+    def bf16(cls, model: TinyModel) -> "Bounds":
+        """Level L2: an engine in bf16 may be off by twice what torch is in bf16 on this model.
+
+        Two ways to compute the same may each be off by that, in opposite directions. What torch is
+        off by is measured here, with the weights and the length of text of these tests.
+        """
+        from ringexport.runtime.backends.torch_ref import TorchRunner
+
+        tokens = np.random.default_rng(5).integers(0, 384, (2, 200))
+        logits, states = [], []
+        for dtype in ("float32", "bfloat16"):
+            with TorchRunner(model.checkpoint, model_digest=str, dtype=dtype) as runner:
+                state = runner.new_state(2)
+                logits.append(runner.prefill(tokens, None, state, every_position=True))
+                states.append(state.snapshot().tensors)
+        pairs = [(states[1][name], expected) for name, expected in states[0].items()]
+        ways = 2 * TOLERANCES["kernel_factor"].bound
+        off = float(np.abs(logits[1] - logits[0]).max() / np.abs(logits[0]).max())
+        state_off = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+        return cls(logits=ways * off, state=ways * state_off, backends=ways * off, error=2**-9)
+
+
+@pytest.fixture(scope="session", params=[*BACKENDS, CUDA])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     skip_if_missing(name)
@@ -22,6 +94,29 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def runner(backend: str, tiny_checkpoint: Path, tiny_graph: Path) -> Iterator[Runner]:
-    with open_test_runner(backend, tiny_checkpoint, tiny_graph) as opened:
+def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return TinyModel(tiny_checkpoint, tmp_path_factory.mktemp("graph"))
+
+
+@pytest.fixture(scope="session")
+def cuda_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("cuda") / "checkpoint", **CUDA_SHAPE)
+    return TinyModel(checkpoint, tmp_path_factory.mktemp("cuda-graph"))
+
+
+@pytest.fixture(scope="session")
+def model(backend: str, request: pytest.FixtureRequest) -> TinyModel:
+    name = "cuda_model" if backend == "cuda" else "tiny_model"
+    found: TinyModel = request.getfixturevalue(name)
+    return found
+
+
+@pytest.fixture(scope="session")
+def bounds(backend: str, model: TinyModel) -> Bounds:
+    return Bounds.bf16(model) if backend == "cuda" else Bounds.fp32()
+
+
+@pytest.fixture(scope="session")
+def runner(backend: str, model: TinyModel) -> Iterator[Runner]:
+    with model.open(backend) as opened:
         yield opened

@@ -1,7 +1,6 @@
 """Rows of a state that come, go and step on their own: what a batching loop needs."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,9 @@ import pytest
 from ringexport.errors import ContextLengthError, ShapeError
 from ringexport.runtime.runner import Runner
 from ringexport.runtime.state import DecodeState, StateSnapshot
-from tests.conformance.test_runner import LOGITS_RTOL, assert_snapshots_same, fed, ids
+from tests.conformance.conftest import Bounds, TinyModel
+from tests.conformance.test_runner import assert_snapshots_same, fed, ids
 from tests.numerics import assert_close, assert_same
-from tests.runners import open_test_runner
 
 ROWS = [[0], [2], [0, 1], [1, 2], [0, 2], [2, 0], [3, 1, 0], [0, 1, 2, 3]]
 
@@ -22,7 +21,9 @@ def ragged(runner: Runner) -> DecodeState:
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_decode_of_rows_equals_the_rows_alone(runner: Runner, rows: list[int]) -> None:
+def test_decode_of_rows_equals_the_rows_alone(
+    runner: Runner, bounds: Bounds, rows: list[int]
+) -> None:
     state = ragged(runner)
     before = state.snapshot()
     others = [row for row in range(4) if row not in rows]
@@ -31,11 +32,11 @@ def test_decode_of_rows_equals_the_rows_alone(runner: Runner, rows: list[int]) -
         expected = runner.decode(np.arange(len(rows)) + step, alone)
         found = runner.decode(np.arange(len(rows)) + step, state, rows=rows)
         assert found.shape == (len(rows), runner.spec.vocab_size)
-        assert_close(found, expected, rtol=LOGITS_RTOL)
+        assert_close(found, expected, rtol=bounds.logits)
         mine, theirs = state.snapshot_rows(rows), alone.snapshot()
         assert_same(mine.position, theirs.position)
         for name, tensor in mine.tensors.items():
-            assert_close(tensor, theirs.tensors[name], rtol=LOGITS_RTOL)
+            assert_close(tensor, theirs.tensors[name], rtol=bounds.state)
     if others:
         assert_snapshots_same(state.snapshot_rows(others), before.rows(others))
 
@@ -73,7 +74,9 @@ def test_a_full_row_does_not_stop_the_others(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("rows", [[1], [2, 0], [0, 1, 2, 3]])
-def test_rows_can_be_kept_and_put_elsewhere(runner: Runner, rows: list[int]) -> None:
+def test_rows_can_be_kept_and_put_elsewhere(
+    runner: Runner, bounds: Bounds, rows: list[int]
+) -> None:
     state, other = ragged(runner), runner.new_state(4)
     runner.prefill(ids(runner, 4, 300, seed=3), [300, 5, 9, 2], other)
     before = other.snapshot()
@@ -85,7 +88,7 @@ def test_rows_can_be_kept_and_put_elsewhere(runner: Runner, rows: list[int]) -> 
         assert_snapshots_same(other.snapshot_rows(untouched), before.rows(untouched))
     found = runner.decode(np.full(len(rows), 7), other, rows=places)
     expected = runner.decode(np.full(len(rows), 7), state, rows=rows)
-    assert_close(found, expected, rtol=LOGITS_RTOL)
+    assert_close(found, expected, rtol=bounds.logits)
 
 
 def test_rows_can_be_copied_between_states(runner: Runner) -> None:
@@ -102,10 +105,26 @@ def test_rows_can_be_copied_between_states(runner: Runner) -> None:
     assert_snapshots_same(state.snapshot_rows([0]), before.rows([0]))
 
 
+def test_rows_can_be_moved(runner: Runner) -> None:
+    state, other = ragged(runner), fed(runner, ids(runner, 2, 700))
+    before, long = state.snapshot(), other.snapshot()
+    state.move_rows([3, 1], other, [0, 1])
+    assert state.position.tolist() == [12, 700, 7, 700]
+    assert_snapshots_same(state.snapshot_rows([3, 1]), long)
+    state.move_rows([3], state, [2])
+    state.reset([2])
+    assert_snapshots_same(state.snapshot_rows([0, 3]), before.rows([0, 2]))
+    assert state.position.tolist() == [12, 700, 0, 7]
+    assert_snapshots_same(state.snapshot_rows([2]), runner.new_state(1).snapshot())
+    runner.decode([1, 2], state, rows=[1, 2])
+    assert state.position.tolist() == [12, 701, 1, 7]
+    assert_snapshots_same(state.snapshot_rows([0, 3]), before.rows([0, 2]))
+
+
 def test_rows_of_another_runner_are_not_copied(
-    runner: Runner, backend: str, tiny_checkpoint: Path, tiny_graph: Path
+    runner: Runner, backend: str, model: TinyModel
 ) -> None:
-    with open_test_runner(backend, tiny_checkpoint, tiny_graph) as other:
+    with model.open(backend) as other:
         mine, theirs = runner.new_state(1), other.new_state(1)
         with pytest.raises(ShapeError, match="another runner"):
             mine.copy_rows([0], theirs, [0])
@@ -120,7 +139,7 @@ def test_a_restored_row_makes_room_for_itself(runner: Runner) -> None:
     assert_snapshots_same(state.snapshot_rows([0, 1, 3]), before.rows([0, 1, 3]))
 
 
-def test_a_reset_row_is_a_new_one(runner: Runner) -> None:
+def test_a_reset_row_is_a_new_one(runner: Runner, bounds: Bounds) -> None:
     tokens = ids(runner, 1, 9)
     state, fresh = ragged(runner), runner.new_state(1)
     before = state.snapshot()
@@ -131,7 +150,7 @@ def test_a_reset_row_is_a_new_one(runner: Runner) -> None:
     padded = np.zeros((4, 9), dtype=np.int64)
     padded[1] = tokens
     found = runner.prefill(padded, [0, 9, 0, 0], state)[1]
-    assert_close(found, runner.prefill(tokens, None, fresh)[0], rtol=LOGITS_RTOL)
+    assert_close(found, runner.prefill(tokens, None, fresh)[0], rtol=bounds.logits)
 
 
 def test_parts_of_a_snapshot_make_a_whole(runner: Runner) -> None:

@@ -119,6 +119,7 @@ def test_one_engine_for_three_architectures(
     table = read_table(tmp_path / LAYERS_FILE)
     assert table.target == wanted.target.name
     assert table.engine_bytes == result.nbytes
+    assert table.options == {}
     assert table.counts["RingExperts"] == 5
     assert len(json.loads((tmp_path / LAYERS_FILE).read_text())["layers"]) == len(result.layers)
     assert not result.inspected
@@ -250,6 +251,7 @@ def test_options_reach_the_builder(rtx: TensorRt, library: PluginLibrary, tmp_pa
     plain = build_engine(rtx, wanted, tmp_path).nbytes
     options = {"workspace_mib": 64, "optimization_level": 3, "weight_streaming": True}
     assert build_engine(rtx, with_options(wanted, **options), tmp_path).nbytes != plain
+    assert read_table(tmp_path / LAYERS_FILE).options == options
 
 
 def test_options_that_the_flavour_lacks_are_refused(

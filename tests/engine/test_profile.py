@@ -41,6 +41,8 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
     assert profile.options == BuildOptions(
         refit=True, optimization_level=4, timing_cache=Path("a/b.cache")
     )
+    assert profile.options.to_dict() == {"refit": True, "optimization_level": 4}
+    assert BuildOptions(optimization_level=0).to_dict() == {"optimization_level": 0}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def test_a_truncated_engine(folder: Path) -> None:
         check_engine(folder, TARGET, 80)
 
 
+def test_an_engine_without_weights(folder: Path) -> None:
+    path = folder / "layers.json"
+    path.write_text(path.read_text().replace('"options": {}', '"options": {"strip_plan": true}'))
+    with pytest.raises(BundleError, match=r"engine.plan was built without its weights"):
+        check_engine(folder, TARGET, 80)
+
+
 def test_a_missing_engine(folder: Path) -> None:
     (folder / "engine.plan").unlink()
     with pytest.raises(BundleError, match="has 0 bytes, expected 100"):

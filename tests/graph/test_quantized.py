@@ -41,7 +41,7 @@ def kinds(model: onnx.ModelProto) -> set[str]:
 @pytest.mark.parametrize(
     ("recipe", "ops", "cosine"),
     [
-        ("int8-weight-only", {"RingInt8Projection", "RingInt8Experts"}, 0.999),
+        ("int8-weight-only", {"RingInt8Projection", "RingRoutedInt8Experts"}, 0.999),
         ("fp8", {"RingFp8Quantize", "RingExperts", "MatMul"}, 0.995),
         ("fp8-block", {"RingFp8Quantize", "RingExperts", "MatMul"}, 0.995),
     ],

@@ -124,7 +124,7 @@ def test_right_parameters_pass(library: KernelLibrary, op: str) -> None:
         ("rms_norm", "dtype", DType.INT8),
         ("projection", "weight", 0),
         ("projection", "weight", POINTER + 2),
-        ("projection", "m", 65),
+        ("projection", "m", 0),
         ("projection", "n", 500),
         ("projection", "k", 250),
         ("projection", "weight_scale", 0),

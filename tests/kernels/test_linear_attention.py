@@ -253,6 +253,23 @@ def test_decode_programmatic_chain() -> None:
     assert torch.equal(case.state.check(), one_by_one.state.check())
 
 
+def test_decode_reads_a_settled_state_ahead() -> None:
+    """The state may be read while the kernel ahead still writes the queries, keys and values."""
+    slots = torch.tensor([3, -1, 0, 1], dtype=torch.int32, device="cuda")
+    ahead, plain = (decode_case(4, 16, 128, torch.bfloat16, extra_slots=1) for _ in range(2))
+    late = decode_case(64, 16, 128, torch.bfloat16)
+    for _ in range(20):
+        launch_decode(late, programmatic_launch=1)  # takes a while, but lets the next one start
+        launch_decode(ahead, slots=slots, programmatic_launch=1, state_settled=1)
+        torch.cuda.synchronize()
+    for _ in range(20):
+        launch_decode(plain, slots=slots)
+        torch.cuda.synchronize()
+    assert torch.equal(ahead.state.check(), plain.state.check())
+    used = [0, 2, 3]
+    assert torch.equal(ahead.output.check()[used], plain.output.check()[used])
+
+
 # ---- prefill -----------------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ def _route(
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 63, 500])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 30, 63, 500])
 def test_router_ties_and_choice(name: str, tokens: int) -> None:
     """Small integers make every logit exact and ties common: ids are the contract's, bit by bit."""
     routing, hidden_size = ROUTINGS[name], 256
@@ -238,6 +238,17 @@ def test_experts_shapes(weight_format: str, kind: str, tokens: int, sizes: dict[
     """Ring-nano, Ring-flash, a dense layer as one expert, ragged blocks."""
     layer = Experts.make(**sizes, weight_format=weight_format, kind=kind)
     run = Run(layer, tokens, top_k=min(4, sizes["experts"]))
+    run.check(run.launch(), layer.expected(run.inputs(), run.ids, run.weights))
+
+
+@pytest.mark.parametrize("tokens", [40, 200])
+@pytest.mark.parametrize(("weight_format", "kind"), [("fp8", "channel"), ("bf16", "none")])
+def test_experts_many(weight_format: str, kind: str, tokens: int) -> None:
+    """More experts for a multiprocessor than have room for their tokens there at once."""
+    layer = Experts.make(
+        experts=420, hidden=2048, width=96, shared=96, weight_format=weight_format, kind=kind
+    )
+    run = Run(layer, tokens, top_k=16)
     run.check(run.launch(), layer.expected(run.inputs(), run.ids, run.weights))
 
 

@@ -37,7 +37,9 @@ def quantize(values: Tensor, dtype: torch.dtype, tiles: tuple[int, int]) -> Quan
     high, wide = min(tiles[0], rows), min(tiles[1], columns)
     padded = F.pad(values.float(), (0, -columns % wide, 0, -rows % high))
     grid = padded.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
-    scale = grid.abs().amax((1, 3)) / RANGE[dtype]
+    # torch divides a CUDA tensor by a number through its reciprocal: a last bit that decides ties.
+    largest = grid.abs().amax((1, 3))
+    scale = largest / torch.full_like(largest, RANGE[dtype])
     scale = scale.masked_fill(scale == 0, torch.finfo(FP32).eps)
     spread = scale.repeat_interleave(high, 0).repeat_interleave(wide, 1)[:rows, :columns]
     scaled = values.float() / spread
@@ -297,9 +299,44 @@ def test_chained_in_a_graph() -> None:
         assert torch.equal(buffers[-1], expected)
 
 
+@pytest.mark.parametrize("m", [1, 8, 40])
+def test_products_in_a_chain(m: int) -> None:
+    """A product asks for its weights early, for its input when the one before has ended."""
+    weight = weight_of(2048, 2048, BF16, ScaleKind.NONE)
+    first = torch.randn(m, 2048, device="cuda").bfloat16()
+
+    def chain(programmatic: int) -> list[Tensor]:
+        outputs = [first, *(torch.full_like(first, torch.nan) for _ in range(8))]
+        for before, after in itertools.pairwise(outputs):
+            run(weight, before, after, programmatic_launch=programmatic)
+            if not programmatic:
+                torch.cuda.synchronize()
+        return outputs
+
+    for found, expected in zip(chain(1), chain(0), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [FP8, INT8, BF16], ids=["fp8", "int8", "bf16"])
+@pytest.mark.parametrize(("offset", "width"), [(1, 400), (0, 323), (8, 336)])
+def test_outputs_lie_anywhere(dtype: torch.dtype, offset: int, width: int) -> None:
+    kind = CHANNEL if dtype in RANGE else ScaleKind.NONE
+    weight = weight_of(208, 256, dtype, kind)
+    x = torch.randn(5, 256, device="cuda").bfloat16()
+    codes = quantize(x.float(), dtype, token_tiles(CHANNEL)) if dtype in RANGE else None
+    guarded = Guarded((5, width), BF16)
+    output = guarded.tensor[:, offset : offset + 208]
+    if codes is None:
+        run(weight, x, output)
+    else:
+        run(weight, codes.codes, output, kind, input_scale=codes.scale)
+    got = guarded.check()[:, offset : offset + 208]
+    assert_product(got, input_of(x, dtype) @ weight.real.T)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("m", 65), ("n", 24), ("k", 96), ("weight", 0), ("input", 0), ("output", 0),
+    [("m", 0), ("n", 24), ("k", 96), ("weight", 0), ("input", 0), ("output", 0),
      ("weight_scale", 0), ("weight_scale_kind", ScaleKind.NONE), ("input_dtype", 4),
      ("prologue", 3), ("output_dtype", 3), ("input_row_stride", 8)],
 )  # fmt: skip

@@ -13,8 +13,13 @@ import pytest
 from ringexport.errors import ShapeError
 from ringexport.ops.attention import ATTENTION, attention
 from ringexport.ops.decay import DecayIndex, layer_factor, log_decay, slopes
-from ringexport.ops.linear_attention import LINEAR_ATTENTION, linear_attention
-from ringexport.ops.moe import EXPERTS, ROUTER, Routing, experts, router
+from ringexport.ops.linear_attention import (
+    LINEAR_ATTENTION,
+    MASKED_LINEAR_ATTENTION,
+    TOKEN_MASK,
+    linear_attention,
+)
+from ringexport.ops.moe import EXPERTS, ROUTED_EXPERTS, ROUTER, Routing, experts, router
 from ringexport.ops.spec import DOMAIN, OPSET, OpSpec
 from tests import numerics
 
@@ -238,6 +243,67 @@ def test_experts(tokens: int) -> None:
     (actual,) = run_contract(EXPERTS, {"num_experts": num_experts, "top_k": top_k}, inputs)
     assert_close(actual, golden)
     assert_close(experts(*inputs.values()), golden)
+
+
+@pytest.mark.parametrize("name", ["grouped", "one group"])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24)], ids=["tokens", "rows"])
+def test_routed_experts_are_router_and_experts(name: str, shape: tuple[int, ...]) -> None:
+    routing, rng = ROUTINGS[name], np.random.default_rng(9)
+    count, inner, width = routing.num_experts, 8, shape[-1]
+    hidden = normal(rng, *shape)
+    weight = normal(rng, width, count) / 5
+    # Scores of 1e-17 as well: their logarithms must not be cut off.
+    hidden.reshape(-1, width)[0] *= 20.0
+    inputs = {
+        "hidden": hidden,
+        "router_weight": weight,
+        "expert_bias": 0.1 * normal(rng, count) - 1.0,
+        "gate_up_proj": normal(rng, count, 2 * inner, width) / 5,
+        "down_proj": normal(rng, count, width, inner) / 3,
+    }
+    attributes = {key: value for key, value in routing.attributes().items() if key != "normalize"}
+    output, ids = run_contract(ROUTED_EXPERTS, attributes, inputs)
+    tokens = hidden.reshape(-1, width)
+    expected, weights = router(tokens, weight, inputs["expert_bias"], routing)
+    np.testing.assert_array_equal(ids, expected)
+    golden = experts(tokens, expected, weights, inputs["gate_up_proj"], inputs["down_proj"])
+    assert output.shape == shape
+    assert_close(output.reshape(golden.shape), golden)
+
+
+def test_routed_experts_break_ties_towards_the_lower_expert() -> None:
+    routing = ROUTINGS["grouped"]
+    attributes = {key: value for key, value in routing.attributes().items() if key != "normalize"}
+    gate_up = np.ones((16, 2, 8), dtype=np.float32)
+    down = np.arange(16, dtype=np.float32)[:, None, None] * np.ones((1, 8, 1), dtype=np.float32)
+    inputs = {
+        "hidden": np.ones((3, 8), dtype=np.float32),
+        "router_weight": np.zeros((8, 16), dtype=np.float32),
+        "expert_bias": np.zeros(16, dtype=np.float32),
+        "gate_up_proj": gate_up,
+        "down_proj": down,
+    }
+    output, ids = run_contract(ROUTED_EXPERTS, attributes, inputs)
+    np.testing.assert_array_equal(ids, np.tile(np.arange(4), (3, 1)))
+    # Expert i contributes i times the same: the mean of 0 to 3 tells that the op took these.
+    value = 2.5 * 1.5 * 64 / (1 + np.exp(-8.0))
+    np.testing.assert_allclose(output, value, rtol=1e-5)
+
+
+def test_masked_linear_attention_is_linear_attention() -> None:
+    rng = np.random.default_rng(4)
+    shape, lengths = (3, 6, 8), np.array([6, 1, 4], dtype=np.int32)
+    inputs = {name: normal(rng, *shape) for name in ("query", "key", "value")}
+    inputs["past_state"] = normal(rng, 3, 2, 4, 4)
+    inputs["log_decay"] = np.array([-0.5, -0.01], dtype=np.float32)
+    attributes = {"num_heads": 2, "query_scale": 0.5}
+    whole = run_contract(LINEAR_ATTENTION, attributes, inputs | {"lengths": lengths})
+    tokens = np.zeros(shape[:2], dtype=np.int64)
+    (mask,) = run_contract(TOKEN_MASK, {}, {"tokens": tokens, "lengths": lengths})
+    np.testing.assert_array_equal(mask[..., 0], np.arange(6) < lengths[:, None])
+    parts = run_contract(MASKED_LINEAR_ATTENTION, attributes, inputs | {"mask": mask})
+    for part, expected in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(part, expected)
 
 
 @pytest.mark.parametrize(

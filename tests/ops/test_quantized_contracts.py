@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from ringexport.compare.tolerances import TOLERANCES
-from ringexport.ops.moe import INT8_EXPERTS
+from ringexport.ops.moe import INT8_EXPERTS, ROUTED_INT8_EXPERTS, router
 from ringexport.ops.projection import (
     FP8_QUANTIZE,
     INT8_PROJECTION,
     int8_block_size,
     int8_projection,
 )
-from tests.ops.test_contracts import Array, assert_close, normal, run_contract
+from tests.ops.test_contracts import ROUTINGS, Array, assert_close, normal, run_contract
 
 KERNEL_FACTOR = TOLERANCES["kernel_factor"].bound
 """L2: how a kernel rounds inputs to int8 is its own; its error may be twice the reference's."""
@@ -39,6 +39,46 @@ def test_int8_projection(blocks: int, size: int, tokens: int) -> None:
     exact = hidden.astype(np.float64) @ real.reshape(24, -1).T
     error, allowed = (np.linalg.norm(array - exact) for array in (actual, golden))
     assert 0 < error <= KERNEL_FACTOR * allowed
+
+
+def test_a_scale_per_row_is_that_of_all_its_blocks() -> None:
+    rng = np.random.default_rng(8)
+    codes, scale = int8_weight(rng, 24, 4, 32)
+    attributes = {"in_features": 128, "out_features": 24, "block_size": 32}
+    rows = {"hidden": normal(rng, 5, 128), "weight": codes, "weight_scale": scale[:, :1].copy()}
+    blocks = rows | {"weight_scale": np.repeat(scale[:, :1], 4, axis=1)}
+    (of_rows,), (of_blocks,) = (
+        run_contract(INT8_PROJECTION, attributes, inputs) for inputs in (rows, blocks)
+    )
+    np.testing.assert_array_equal(of_rows, of_blocks)
+    np.testing.assert_array_equal(
+        int8_projection(*rows.values()), int8_projection(*blocks.values())
+    )
+
+
+@pytest.mark.parametrize("name", ["grouped", "one group"])
+def test_routed_int8_experts_are_router_and_int8_experts(name: str) -> None:
+    routing, rng = ROUTINGS[name], np.random.default_rng(6)
+    count, inner, width, block = routing.num_experts, 32, 64, 32
+    hidden = normal(rng, 9, width)
+    weight, bias = normal(rng, width, count) / 5, 0.1 * normal(rng, count) - 1.0
+    gate_up, gate_up_scale = int8_weight(rng, count, 2 * inner, width)
+    down, down_scale = int8_weight(rng, count, width, inner)
+    matrices = {
+        "gate_up_proj": gate_up,
+        "gate_up_scale": gate_up_scale[..., None],
+        "down_proj": down,
+        "down_scale": down_scale[..., None],
+    }
+    sizes = {"num_experts": count, "top_k": routing.top_k, "block_size": block}
+    attributes = {key: value for key, value in routing.attributes().items() if key != "normalize"}
+    inputs = {"hidden": hidden, "router_weight": weight, "expert_bias": bias} | matrices
+    output, ids = run_contract(ROUTED_INT8_EXPERTS, attributes | sizes, inputs)
+    expected, weights = router(hidden, weight, bias, routing)
+    np.testing.assert_array_equal(ids, expected)
+    routed = {"hidden": hidden, "expert_ids": expected, "routing_weights": weights} | matrices
+    (golden,) = run_contract(INT8_EXPERTS, sizes, routed)
+    assert_close(output, golden)
 
 
 def golden_round(values: Array, size: int) -> Array:

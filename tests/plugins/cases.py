@@ -53,7 +53,7 @@ class PluginCase:
     def write(self, folder: Path, library: Path, *lines: str) -> Path:
         """Write the files that plugin_driver reads, and return the case file."""
         spec = next(spec for spec in PLUGIN_CONTRACTS if spec.name == self.op)
-        text = [f"library {library}", f"op {self.op}", *lines]
+        text = [f"library {library}", f"op {self.op}"]
         for name, value in self.attributes.items():
             kind = "real" if name in spec.reals else "int"
             text.append(f"attribute {name} {kind} {value!r}")
@@ -63,9 +63,24 @@ class PluginCase:
             text.append(f"input {arg.name} {_kind(array)} {path}")
         for arg, array in zip(spec.outputs, self.outputs, strict=True):
             text.append(f"output {arg.name} {_kind(array)} {folder / f'out-{arg.name}.bin'}")
+        text += lines
         case = folder / "case.txt"
         case.write_text("\n".join(text) + "\n")
         return case
+
+    def profile(self, factor: int) -> list[str]:
+        """Return lines for a profile whose rows and tokens go up to `factor` times the case's."""
+        spec = next(spec for spec in PLUGIN_CONTRACTS if spec.name == self.op)
+        arrays = zip((*spec.inputs, *spec.outputs), (*self.inputs, *self.outputs), strict=True)
+        lines = []
+        for arg, array in arrays:
+            letters = arg.shape.replace("...", "1 N").split()
+            extents = [
+                extent * factor if letter in {"B", "T", "N"} else extent
+                for letter, extent in zip(letters, array.shape, strict=True)
+            ]
+            lines.append(f"profile {arg.name} {','.join(map(str, extents))}")
+        return lines
 
     def results(self, folder: Path) -> dict[str, tuple[Array, Array]]:
         """Return found and expected arrays by the name of the output."""
@@ -258,12 +273,15 @@ INT8, FP8 = NumberFormat.INT8, NumberFormat.FP8_E4M3
 CASES: dict[str, Callable[[Rng, np.dtype[np.generic]], PluginCase]] = {
     "linear-decode": _linear_attention(1),
     "linear-prefill": _linear_attention(63),
+    "linear-prefill-long": _linear_attention(1500),
     "attention-decode": _attention(1),
+    "attention-few": _attention(5),
     "attention-prefill": _attention(37),
     "router-1": _router(1),
     "router-500": _router(500),
     "experts-1": _experts(1),
     "experts-70": _experts(70),
+    "experts-600": _experts(600),
     "experts-int8-1": _quantized_experts(1, INT8),
     "experts-int8-70": _quantized_experts(70, INT8),
     "experts-fp8-1": _quantized_experts(1, FP8),
@@ -272,5 +290,6 @@ CASES: dict[str, Callable[[Rng, np.dtype[np.generic]], PluginCase]] = {
     "projection-int8-70": _projection(70, INT8),
     "projection-fp8-1": _projection(1, FP8),
     "projection-fp8-70": _projection(70, FP8),
+    "projection-fp8-500": _projection(500, FP8),
 }
 """Name to a function of a generator and an activation dtype."""

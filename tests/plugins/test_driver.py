@@ -63,7 +63,7 @@ def test_wrong_fields_are_refused_in_one_sentence(
         done = drive(plugin_driver, changed(case, attributes=given).write(tmp_path, host_plugins))
         assert done.returncode == 3
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("log: ")]
-        assert "RingExperts plugin" in line
+        assert "RingExperts plugin of layer case, " in line
         assert message in line
 
 
@@ -102,7 +102,7 @@ def test_a_library_without_kernels_refuses_to_run(host_plugins: Path) -> None:
     assert PluginLibrary.read(host_plugins).kernels == NO_KERNELS
 
 
-def gpu_library() -> Path:
+def kernel_library() -> Path:
     path = Path(os.environ.get("RINGEXPORT_PLUGIN_LIBRARY", DEFAULT_LIBRARY))
     if not path.is_file() or PluginLibrary.read(path).kernels == NO_KERNELS:
         pytest.skip(f"no plugin library with kernels at {path}")
@@ -114,16 +114,42 @@ def gpu_driver(fallback: pytest.FixtureRequest) -> Path:
     return Path(given) if given else fallback.getfixturevalue("plugin_driver")
 
 
+def workspace_bytes(driver: Path, case: Path) -> int:
+    done = drive(driver, case)
+    assert done.returncode == 0, done.stdout
+    lines = dict(line.partition(": ")[::2] for line in done.stdout.splitlines())
+    return int(lines["workspace_bytes"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_for_a_profile_serves_every_shape_in_it(
+    plugin_driver: Path, tmp_path: Path, name: str
+) -> None:
+    """Needs a library with kernels, but no GPU: few tokens may want more than many."""
+    library, case = kernel_library(), make(name)
+    alone = workspace_bytes(plugin_driver, case.write(tmp_path, library))
+    for factor in (2, 40):
+        lines = case.profile(factor)
+        shared = workspace_bytes(plugin_driver, case.write(tmp_path, library, *lines))
+        assert shared >= alone
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("buffers", ["aliased", "separate"])
+@pytest.mark.parametrize("buffers", ["aliased", "separate", "profile"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_plugin_matches_the_contract(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, dtype: str, buffers: str
 ) -> None:
     case = make(name, dtype)
-    lines = ["enqueue"] + (["separate"] if buffers == "separate" else [])
-    done = drive(gpu_driver(request), case.write(tmp_path, gpu_library(), *lines))
+    lines = ["enqueue"]
+    if buffers == "separate":
+        lines.append("separate")
+    if (
+        buffers == "profile"
+    ):  # the scratch memory of larger shapes serves these, which may want more
+        lines += case.profile(8)
+    done = drive(gpu_driver(request), case.write(tmp_path, kernel_library(), *lines))
     assert done.returncode == 0, done.stdout + done.stderr
     for output, (found, expected) in case.results(tmp_path).items():
         used = case.used.get(output, np.ones(expected.shape, bool))

@@ -1,12 +1,18 @@
 """What the plugin library shows to the outside, and the header that is made from the ops."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from ringexport.engine.plugins import ABI_VERSION, PluginLibrary, find_library
+from ringexport.engine.plugins import (
+    ABI_VERSION,
+    DEFAULT_LIBRARY,
+    PluginLibrary,
+    find_library,
+)
 from ringexport.errors import BackendUnavailableError, VersionError
 from ringexport.ops.plugin_header import render_plugin_header
 from ringexport.version import __version__
@@ -18,11 +24,20 @@ def test_the_header_is_that_of_the_contracts() -> None:
     assert text == render_plugin_header(), "run: make docs"
 
 
-def test_only_two_symbols_are_exported(host_plugins: Path) -> None:
+def built_library() -> Path:
+    path = Path(os.environ.get("RINGEXPORT_PLUGIN_LIBRARY", DEFAULT_LIBRARY))
+    if not path.is_file():
+        pytest.skip(f"{path} is not built: make plugins needs nvcc and cmake")
+    return path.resolve()
+
+
+@pytest.mark.parametrize("built", ["host", "with kernels"])
+def test_only_two_symbols_are_exported(host_plugins: Path, built: str) -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")
+    library = host_plugins if built == "host" else built_library()
     listed = subprocess.run(
-        ["nm", "-D", "--defined-only", host_plugins], capture_output=True, text=True, check=True
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
     ).stdout
     assert sorted(line.split()[-1] for line in listed.splitlines()) == [
         "getCreators",

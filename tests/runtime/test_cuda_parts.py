@@ -11,6 +11,7 @@ from ringexport.errors import BackendUnavailableError, BundleError, RingExportEr
 from ringexport.ops.quantization import NumberFormat
 from ringexport.packing.layout import MatrixFormat, matrices, packed_tensors
 from ringexport.runtime.backends.cuda.graphs import BATCH_BUCKETS, bucket_of
+from ringexport.runtime.backends.cuda.network import PackedRows
 from ringexport.runtime.backends.cuda.open import open_packed, why_not_here
 from ringexport.runtime.backends.cuda.prefill_attention import _joined
 from ringexport.runtime.backends.cuda.random_weights import random_weights
@@ -155,6 +156,25 @@ def test_attention_over_two_parts_joins_to_the_whole() -> None:
 
     joined = _joined(part(slice(0, 6)), part(slice(6, 9)))
     torch.testing.assert_close(joined.double(), scores.softmax(-1) @ values, rtol=0, atol=1e-6)
+
+
+def test_joining_costs_16_bit_outputs_no_more_than_their_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, past = (torch.randn(1, 2, 64, 32, generator=generator) for _ in range(2))
+    sums = [torch.randn(1, 2, 64, 1, generator=generator) * 3 for _ in range(2)]
+    exact = _joined((own, sums[0]), (past, sums[1]))
+    rounded = _joined((own.bfloat16(), sums[0]), (past.bfloat16(), sums[1]))
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=3e-2)
+
+
+def test_packed_rows_know_their_last_tokens() -> None:
+    starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 4], [3, 1, 7]))
+    empty = torch.zeros(3, dtype=torch.int32)
+    rows = PackedRows(
+        slots=empty, position=empty, max_context=8, starts=starts, lengths=lengths, last_only=True
+    )
+    assert rows.last_tokens.tolist() == [2, 3, 10]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

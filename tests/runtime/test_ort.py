@@ -9,14 +9,16 @@ import pytest
 
 from ringexport.compare.tolerances import TOLERANCES
 from ringexport.errors import BackendUnavailableError, BundleError, RingExportError
-from ringexport.runtime.backends.ort import OrtOptions, OrtRunner, _failed_node, _groups
+from ringexport.runtime.backends.ort import OrtOptions, OrtRunner
+from ringexport.runtime.backends.ort_base import row_groups
+from ringexport.runtime.backends.ort_session import failed_node
 from ringexport.runtime.session import Engine
 from tests.numerics import assert_close
 
 
 def test_rows_share_a_call_only_where_the_graph_allows_it() -> None:
     def groups(lengths: list[int], position: list[int]) -> list[tuple[int, int]]:
-        found = _groups(np.array(lengths), np.array(position))
+        found = row_groups(np.array(lengths), np.array(position))
         return [(rows.start, rows.stop) for rows in found]
 
     assert groups([5, 4, 5], [0, 0, 0]) == [(0, 3)]
@@ -51,7 +53,7 @@ def test_failed_node_is_named() -> None:
         "Non-zero status code returned while running GroupQueryAttention node. "
         "Name:'layers.2.attention' Status Message: bad"
     )
-    assert _failed_node(message) == "GroupQueryAttention 'layers.2.attention'"
+    assert failed_node(message) == "GroupQueryAttention 'layers.2.attention'"
 
 
 def test_errors_of_a_run_are_wrapped(engine: Engine) -> None:

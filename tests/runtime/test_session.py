@@ -300,9 +300,9 @@ def test_interrupted_session_recovers(engine: Engine, monkeypatch: pytest.Monkey
     stream = session.stream("the rain", SHORT)
     decode, calls = engine.runner.decode, [0]
 
-    def interrupted(*args: object) -> Logits:
+    def interrupted(*args: object, **more: object) -> Logits:
         calls[0] += 1
-        logits = decode(*args)  # type: ignore[arg-type]
+        logits = decode(*args, **more)  # type: ignore[arg-type]
         if calls[0] == 5:
             raise KeyboardInterrupt
         return logits
@@ -346,13 +346,13 @@ def test_backends_are_chosen_by_name(bundle_path: Path, tiny_checkpoint: Path) -
         assert engine.runner.spec.name == "torch"
     for path, backend, message in (
         (bundle_path, "magic", "no backend 'magic'"),
-        (bundle_path, "onnxruntime:cuda", "no backend 'onnxruntime:cuda'"),
+        (bundle_path, "onnxruntime:cuda", "has no target onnxruntime:cuda"),
         (tiny_checkpoint, "onnxruntime:cpu", "cannot run a checkpoint"),
     ):
         with pytest.raises(BackendUnavailableError, match=message) as caught:
             Engine.open(path, backend)
         assert caught.value.hint
         assert "--target" not in caught.value.hint
-        assert "cuda" not in caught.value.hint
+        assert backend == "magic" or "cuda" not in caught.value.hint
     with pytest.raises(BundleError):
         Engine.open(bundle_path / "nothing")

@@ -53,6 +53,12 @@ struct Call {
     return static_cast<T*>(outputs[static_cast<size_t>(index)].data);
   }
   int64_t size(Size name) const { return sizes[name]; }
+  // The same call with another value of one dimension.
+  Call with(Size name, int64_t value) const {
+    Call changed = *this;
+    changed.sizes.set(name, value);
+    return changed;
+  }
   int32_t size32(Size name) const;
 };
 

@@ -5,7 +5,9 @@
 
 #include "plugin.h"
 
-extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+#define RING_EXPORTED extern "C" __attribute__((visibility("default")))
+
+RING_EXPORTED nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept try {
   struct Creators {
     std::vector<std::unique_ptr<ringplugins::Creator>> owned;
     std::vector<nvinfer1::IPluginCreatorInterface*> list;
@@ -20,9 +22,14 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
   static Creators const creators;  // TensorRT keeps the pointers as long as the library is loaded
   count = static_cast<int32_t>(creators.list.size());
   return creators.list.data();
+} catch (...) {  // no memory
+  count = 0;
+  return nullptr;
 }
 
-extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { ringplugins::set_logger_finder(finder); }
+RING_EXPORTED void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
+  ringplugins::set_logger_finder(finder);
+}
 
 #ifndef RINGPLUGINS_VERSION
 #error "RINGPLUGINS_VERSION is the version of ringexport"

@@ -18,11 +18,15 @@ constexpr Status kNoKernels{StatusCode::kUnsupported, "kernels", "a plugin libra
   Status launch(const Params&, Stream) { return kNoKernels; }
 
 RING_NO_KERNELS(AttentionDecodeParams)
+RING_NO_KERNELS(AttentionPrefillParams)
 RING_NO_KERNELS(LinearAttentionDecodeParams)
 RING_NO_KERNELS(LinearAttentionPrefillParams)
 RING_NO_KERNELS(RouterParams)
 RING_NO_KERNELS(ExpertsParams)
 RING_NO_KERNELS(ProjectionParams)
+
+size_t zeroed_workspace_bytes(const ExpertsParams& params) { return workspace_bytes(params); }
+size_t max_workspace_bytes(const LinearAttentionPrefillParams&) { return 256; }
 
 }  // namespace ringkernels
 

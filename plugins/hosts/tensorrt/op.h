@@ -1,6 +1,7 @@
 // What differs between the plugins: their attributes, and how a call becomes launches of the kernel library.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -18,8 +19,11 @@ class Op {
   // Dimensions that the attributes give.
   virtual Sizes attribute_sizes() const = 0;
   virtual std::vector<nvinfer1::PluginField> fields() const = 0;
-  // Bytes of scratch memory for calls of at most these sizes.
+  // Bytes of scratch memory for a call of exactly these sizes.
   virtual size_t workspace_bytes(Call const& call) const = 0;
+  // Bytes for every call of at most these sizes. A smaller call may need more than a larger one: few tokens are
+  // spread over the GPU in other ways than many.
+  virtual size_t reserved_bytes(Call const& largest) const = 0;
   // Launches the kernels; throws PluginError when they refuse.
   virtual void run(Call const& call, void* workspace, size_t workspace_bytes, cudaStream_t stream) const = 0;
 };
@@ -61,6 +65,18 @@ struct NoAttributes {
 // Throws with the op and what the kernel says of its parameters.
 void check(OpContract const& contract, ringkernels::Status const& status);
 void check_cuda(OpContract const& contract, char const* what, cudaError_t error);
+
+// The largest of need(count) for counts up to `most`: all of the small ones, where kernels change their ways, and
+// enough of the others, where the need grows with the count.
+template <typename Need>
+size_t largest_need(int64_t most, Need&& need) {
+  constexpr int64_t kAll = 1024;
+  size_t largest = need(most);
+  for (int64_t count = 1; count < most; count += count < kAll ? 1 : count / 8) {
+    largest = std::max(largest, need(count));
+  }
+  return largest;
+}
 
 // A kernel's scratch memory has to be zero when it starts, and TensorRT's is shared by all layers.
 void clear(OpContract const& contract, void* workspace, size_t bytes, cudaStream_t stream);

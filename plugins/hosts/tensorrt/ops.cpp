@@ -46,6 +46,10 @@ class LinearAttentionOp final : public OpWith<LinearAttentionOp, LinearAttention
                                     : ringkernels::workspace_bytes(prefill_params(call));
   }
 
+  size_t reserved_bytes(Call const& largest) const override {
+    return ringkernels::max_workspace_bytes(prefill_params(largest));
+  }
+
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
     size_t const state_bytes =
         sizeof(float) * call.size(Size::kB) * call.size(Size::kH) * call.size(Size::kK) * call.size(Size::kV);
@@ -54,7 +58,10 @@ class LinearAttentionOp final : public OpWith<LinearAttentionOp, LinearAttention
       check(contract_, ringkernels::launch(decode_params(call), stream));
       return;
     }
-    launch_cleared(contract_, prefill_params(call), workspace, bytes, stream);
+    auto params = prefill_params(call);
+    params.workspace = workspace;
+    params.workspace_bytes = static_cast<int64_t>(bytes);
+    check(contract_, ringkernels::launch(params, stream));
   }
 
  private:
@@ -117,15 +124,25 @@ struct AttentionAttributes {
 };
 static_assert(fits_contract<AttentionAttributes>(kRingAttention));
 
-// Every token is a row of the decode kernel: new keys and values are appended first, then each token attends to
-// what lies before it in the cache of its row. Tokens go in groups, which bounds the scratch memory.
+// New keys and values are appended to the cache first. Many new tokens go through the prefill kernel; a few are rows
+// of the decode kernel, which spreads a long context over the whole GPU. Rows go in groups, which bounds the memory.
 class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
  public:
   using OpWith::OpWith;
 
   size_t workspace_bytes(Call const& call) const override {
+    if (call.size(Size::kT) > kFewTokens) {
+      return 0;
+    }
     int64_t const group = std::min(tokens(call), kGroup);
-    return Scratch(call, group).bytes() + ringkernels::workspace_bytes(params(call, 0, group));
+    return Scratch(call, group).bytes() + ringkernels::workspace_bytes(row_params(call, 0, group));
+  }
+
+  size_t reserved_bytes(Call const& largest) const override {
+    int64_t const few = largest.size(Size::kB) * std::min(largest.size(Size::kT), kFewTokens);
+    return largest_need(std::min(few, kGroup), [&](int64_t rows) {
+      return Scratch(largest, rows).bytes() + ringkernels::workspace_bytes(row_params(largest, 0, rows));
+    });
   }
 
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
@@ -133,24 +150,16 @@ class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
     for (int32_t output : {1, 2}) {
       carry_over(contract_, call, output, elements * element_bytes(call.inputs[3].type), stream);
     }
-    Scratch const scratch(call, std::min(tokens(call), kGroup));
-    auto* base = static_cast<char*>(workspace);
-    for (int64_t first = 0; first < tokens(call); first += kGroup) {
-      auto launched = params(call, first, std::min(tokens(call) - first, kGroup));
-      auto const appended = append_params(call, first, launched.batch, scratch, base);
-      check_cuda(contract_, "append to the cache", append(appended, stream));
-      launched.key = appended.staged_key;
-      launched.value = appended.staged_value;
-      launched.position = appended.token_position;
-      launched.slots = appended.token_slot;
-      launched.workspace = base + scratch.bytes();
-      launched.workspace_bytes = static_cast<int64_t>(bytes - scratch.bytes());
-      clear(contract_, launched.workspace, bytes - scratch.bytes(), stream);
-      check(contract_, ringkernels::launch(launched, stream));
+    if (call.size(Size::kT) > kFewTokens) {
+      check_cuda(contract_, "append to the cache", append(append_params(call, 0, tokens(call)), stream));
+      check(contract_, ringkernels::launch(prefill_params(call), stream));
+      return;
     }
+    run_rows(call, static_cast<char*>(workspace), bytes, stream);
   }
 
  private:
+  static constexpr int64_t kFewTokens = 16;  // of a row
   static constexpr int64_t kGroup = 1024;
 
   // Two arrays of indices, then keys and values of one group of tokens.
@@ -167,8 +176,29 @@ class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
 
   static int64_t tokens(Call const& call) { return call.size(Size::kB) * call.size(Size::kT); }
 
-  AppendParams append_params(Call const& call, int64_t first, int32_t count, Scratch const& scratch,
-                             char* base) const {
+  void run_rows(Call const& call, char* base, size_t bytes, cudaStream_t stream) const {
+    Scratch const scratch(call, std::min(tokens(call), kGroup));
+    for (int64_t first = 0; first < tokens(call); first += kGroup) {
+      auto launched = row_params(call, first, std::min(tokens(call) - first, kGroup));
+      auto appended = append_params(call, first, launched.batch);
+      appended.token_position = reinterpret_cast<int32_t*>(base);
+      appended.token_slot = reinterpret_cast<int32_t*>(base + scratch.index_bytes);
+      appended.staged_key = base + 2 * scratch.index_bytes;
+      appended.staged_value = base + 2 * scratch.index_bytes + scratch.row_bytes;
+      appended.staged_stride = launched.row_stride;
+      check_cuda(contract_, "append to the cache", append(appended, stream));
+      launched.key = appended.staged_key;
+      launched.value = appended.staged_value;
+      launched.position = appended.token_position;
+      launched.slots = appended.token_slot;
+      launched.workspace = base + scratch.bytes();
+      launched.workspace_bytes = static_cast<int64_t>(bytes - scratch.bytes());
+      clear(contract_, launched.workspace, bytes - scratch.bytes(), stream);
+      check(contract_, ringkernels::launch(launched, stream));
+    }
+  }
+
+  static AppendParams append_params(Call const& call, int64_t first, int64_t count) {
     AppendParams params{};
     params.key = call.input<void>(1);
     params.value = call.input<void>(2);
@@ -176,13 +206,8 @@ class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
     params.value_cache = call.output<void>(2);
     params.position = call.input<int32_t>(5);
     params.lengths = call.input<int32_t>(6);
-    params.token_position = reinterpret_cast<int32_t*>(base);
-    params.token_slot = reinterpret_cast<int32_t*>(base + scratch.index_bytes);
-    params.staged_key = base + 2 * scratch.index_bytes;
-    params.staged_value = base + 2 * scratch.index_bytes + scratch.row_bytes;
-    params.staged_stride = call.size(Size::kH) * call.size(Size::kK);
     params.first_token = first;
-    params.num_tokens = count;
+    params.num_tokens = static_cast<int32_t>(count);
     params.max_length = call.size32(Size::kT);
     params.num_kv_heads = call.size32(Size::kKV);
     params.head_dim = call.size32(Size::kK);
@@ -191,7 +216,28 @@ class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
     return params;
   }
 
-  ringkernels::AttentionDecodeParams params(Call const& call, int64_t first, int64_t count) const {
+  ringkernels::AttentionPrefillParams prefill_params(Call const& call) const {
+    ringkernels::AttentionPrefillParams params{};
+    params.query = call.input<void>(0);
+    params.key_cache = call.output<void>(1);
+    params.value_cache = call.output<void>(2);
+    params.position = call.input<int32_t>(5);
+    params.lengths = call.input<int32_t>(6);
+    params.output = call.output<void>(0);
+    params.row_stride = params.output_row_stride = call.size(Size::kH) * call.size(Size::kK);
+    params.capacity = call.size(Size::kS);
+    params.batch = call.size32(Size::kB);
+    params.max_length = call.size32(Size::kT);
+    params.num_heads = call.size32(Size::kH);
+    params.num_kv_heads = call.size32(Size::kKV);
+    params.head_dim = call.size32(Size::kK);
+    params.softmax_scale = attributes_.softmax_scale;
+    params.dtype = kernel_type(call.inputs[0].type);
+    return params;
+  }
+
+  // Tokens [first, first + count) of the call, each as a row.
+  ringkernels::AttentionDecodeParams row_params(Call const& call, int64_t first, int64_t count) const {
     ringkernels::AttentionDecodeParams params{};
     params.num_heads = call.size32(Size::kH);
     params.num_kv_heads = call.size32(Size::kKV);
@@ -235,6 +281,11 @@ class RouterOp final : public OpWith<RouterOp, RouterAttributes> {
   using OpWith::OpWith;
 
   size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
+
+  size_t reserved_bytes(Call const& largest) const override {
+    return largest_need(largest.size(Size::kN),
+                        [&](int64_t count) { return workspace_bytes(largest.with(Size::kN, count)); });
+  }
 
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
     launch_cleared(contract_, params(call), workspace, bytes, stream);
@@ -280,8 +331,17 @@ class ExpertsOp final : public OpWith<ExpertsOp, ExpertsAttributes> {
 
   size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
 
+  size_t reserved_bytes(Call const& largest) const override {
+    return largest_need(largest.size(Size::kN),
+                        [&](int64_t count) { return workspace_bytes(largest.with(Size::kN, count)); });
+  }
+
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
-    launch_cleared(contract_, params(call), workspace, bytes, stream);
+    auto launched = params(call);
+    launched.workspace = workspace;
+    launched.workspace_bytes = static_cast<int64_t>(bytes);
+    clear(contract_, workspace, ringkernels::zeroed_workspace_bytes(launched), stream);
+    check(contract_, ringkernels::launch(launched, stream));
   }
 
  private:
@@ -313,46 +373,37 @@ class ExpertsOp final : public OpWith<ExpertsOp, ExpertsAttributes> {
 
 static_assert(fits_contract<NoAttributes>(kRingQuantizedProjection));
 
-// The kernel takes at most 64 rows at once; more go in turns.
 class ProjectionOp final : public OpWith<ProjectionOp, NoAttributes> {
  public:
   using OpWith::OpWith;
 
-  size_t workspace_bytes(Call const& call) const override {
-    return ringkernels::workspace_bytes(params(call, 0, std::min(rows(call), kMaxRows)));
+  size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
+
+  size_t reserved_bytes(Call const& largest) const override {
+    return largest_need(largest.size(Size::kLeading),
+                        [&](int64_t count) { return workspace_bytes(largest.with(Size::kLeading, count)); });
   }
 
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
-    clear(contract_, workspace, bytes, stream);
-    for (int64_t first = 0; first < rows(call); first += kMaxRows) {
-      auto launched = params(call, first, std::min(rows(call) - first, kMaxRows));
-      launched.workspace = bytes > 0 ? workspace : nullptr;
-      launched.workspace_bytes = static_cast<int64_t>(bytes);
-      check(contract_, ringkernels::launch(launched, stream));
-    }
+    auto launched = params(call);
+    launched.workspace = bytes > 0 ? workspace : nullptr;
+    launched.workspace_bytes = static_cast<int64_t>(bytes);
+    check(contract_, ringkernels::launch(launched, stream));
   }
 
  private:
-  static constexpr int64_t kMaxRows = 64;
-
-  static int64_t rows(Call const& call) { return call.size(Size::kLeading); }
-
-  static ringkernels::ProjectionParams params(Call const& call, int64_t first, int64_t count) {
+  static ringkernels::ProjectionParams params(Call const& call) {
     ringkernels::ProjectionParams params{};
-    auto const type = call.inputs[0].type;
-    int64_t const bytes = static_cast<int64_t>(element_bytes(type));
-    params.m = static_cast<int32_t>(count);
+    params.m = call.size32(Size::kLeading);
     params.n = call.size32(Size::kO);
     params.k = call.size32(Size::kD);
     params.input_row_stride = params.k;
     params.output_row_stride = params.n;
-    if (call.inputs[0].data != nullptr) {
-      params.input = call.input<char>(0) + first * params.k * bytes;
-      params.output = call.output<char>(0) + first * params.n * bytes;
-    }
+    params.input = call.input<void>(0);
+    params.output = call.output<void>(0);
     params.weight = call.input<void>(1);
     params.weight_scale = call.input<float>(2);
-    params.input_dtype = params.output_dtype = kernel_type(type);
+    params.input_dtype = params.output_dtype = kernel_type(call.inputs[0].type);
     params.weight_dtype = kernel_type(call.inputs[1].type);
     params.weight_scale_kind = ringkernels::ScaleKind::kChannel;
     return params;

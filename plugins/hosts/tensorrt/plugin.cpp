@@ -17,13 +17,15 @@ constexpr int32_t kFailure = -1;
 
 // The border: runs `body`, turns an exception into a log line and `failed`.
 template <typename Result, typename Body>
-Result guarded(OpContract const& contract, char const* method, Result failed, Body&& body) noexcept {
+Result guarded(OpContract const& contract, char const* layer, char const* method, Result failed,
+               Body&& body) noexcept {
+  auto const where = [&] { return std::string(contract.name) + " plugin of layer " + layer + ", " + method + ": "; };
   try {
     return body();
   } catch (std::exception const& error) {
-    log_error(std::string(contract.name) + " plugin, " + method + ": " + error.what());
+    log_error(where() + error.what());
   } catch (...) {
-    log_error(std::string(contract.name) + " plugin, " + method + ": unknown exception");
+    log_error(where() + "unknown exception");
   }
   return failed;
 }
@@ -63,8 +65,8 @@ bool all_known(Dims const& dims) {
 
 }  // namespace
 
-Plugin::Plugin(OpContract const& contract, std::unique_ptr<Op> op)
-    : contract_(contract), op_(std::move(op)), serialized_(op_->fields()) {
+Plugin::Plugin(OpContract const& contract, std::string const& layer, std::unique_ptr<Op> op)
+    : contract_(contract), layer_(layer), op_(std::move(op)), serialized_(op_->fields()) {
   collection_.nbFields = static_cast<int32_t>(serialized_.size());
   collection_.fields = serialized_.data();
 }
@@ -79,8 +81,8 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapa
 }
 
 nvinfer1::IPluginV3* Plugin::clone() noexcept {
-  return guarded<nvinfer1::IPluginV3*>(contract_, "clone", nullptr,
-                                       [&] { return new Plugin(contract_, op_->clone()); });
+  return guarded<nvinfer1::IPluginV3*>(contract_, layer_.c_str(), "clone", nullptr,
+                                       [&] { return new Plugin(contract_, layer_, op_->clone()); });
 }
 
 nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext* /*context*/) noexcept { return clone(); }
@@ -123,7 +125,7 @@ Sizes Plugin::matched(Dims const* input_dims) const {
 
 int32_t Plugin::getOutputDataTypes(DataType* output_types, int32_t num_outputs, DataType const* input_types,
                                    int32_t num_inputs) const noexcept {
-  return guarded(contract_, "getOutputDataTypes", kFailure, [&] {
+  return guarded(contract_, layer_.c_str(), "getOutputDataTypes", kFailure, [&] {
     check_counts(num_inputs, num_outputs);
     check_types(input_types);
     for (int32_t i = 0; i < num_outputs; ++i) {
@@ -141,7 +143,7 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t num_i
                                 nvinfer1::DimsExprs const* /*shape_inputs*/, int32_t /*num_shape_inputs*/,
                                 nvinfer1::DimsExprs* outputs, int32_t num_outputs,
                                 nvinfer1::IExprBuilder& builder) noexcept {
-  return guarded(contract_, "getOutputShapes", kFailure, [&] {
+  return guarded(contract_, layer_.c_str(), "getOutputShapes", kFailure, [&] {
     check_counts(num_inputs, num_outputs);
     std::array<Dims, kMaxTensors> known{};
     for (int32_t i = 0; i < num_inputs; ++i) {
@@ -187,7 +189,7 @@ int32_t Plugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t num_i
 
 bool Plugin::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* tensors, int32_t num_inputs,
                                        int32_t num_outputs) noexcept {
-  return guarded(contract_, "supportsFormatCombination", false, [&] {
+  return guarded(contract_, layer_.c_str(), "supportsFormatCombination", false, [&] {
     check_counts(num_inputs, num_outputs);
     auto const& rule = pos < num_inputs ? contract_.inputs[pos] : contract_.outputs[pos - num_inputs];
     auto const& found = tensors[pos].desc;
@@ -220,7 +222,7 @@ Call Plugin::sized_call(PluginTensorDesc const* inputs, PluginTensorDesc const* 
 
 int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t num_inputs,
                                 DynamicPluginTensorDesc const* outputs, int32_t num_outputs) noexcept {
-  return guarded(contract_, "configurePlugin", kFailure, [&] {
+  return guarded(contract_, layer_.c_str(), "configurePlugin", kFailure, [&] {
     check_counts(num_inputs, num_outputs);
     std::array<PluginTensorDesc, kMaxTensors> in{};
     std::array<PluginTensorDesc, kMaxTensors> out{};
@@ -242,7 +244,7 @@ int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t n
 
 size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t num_inputs,
                                 DynamicPluginTensorDesc const* outputs, int32_t num_outputs) const noexcept {
-  return guarded(contract_, "getWorkspaceSize", size_t{0}, [&] {
+  return guarded(contract_, layer_.c_str(), "getWorkspaceSize", size_t{0}, [&] {
     check_counts(num_inputs, num_outputs);
     std::array<PluginTensorDesc, kMaxTensors> in{};
     std::array<PluginTensorDesc, kMaxTensors> out{};
@@ -253,7 +255,7 @@ size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t n
     };
     std::transform(inputs, inputs + num_inputs, in.begin(), largest);
     std::transform(outputs, outputs + num_outputs, out.begin(), largest);
-    return op_->workspace_bytes(sized_call(in.data(), out.data()));
+    return op_->reserved_bytes(sized_call(in.data(), out.data()));
   });
 }
 
@@ -263,7 +265,7 @@ int32_t Plugin::getAliasedInput(int32_t output) noexcept {
 
 int32_t Plugin::onShapeChange(PluginTensorDesc const* inputs, int32_t num_inputs, PluginTensorDesc const* outputs,
                               int32_t num_outputs) noexcept {
-  return guarded(contract_, "onShapeChange", kFailure, [&] {
+  return guarded(contract_, layer_.c_str(), "onShapeChange", kFailure, [&] {
     check_counts(num_inputs, num_outputs);
     sized_call(inputs, outputs);
     return 0;
@@ -273,7 +275,7 @@ int32_t Plugin::onShapeChange(PluginTensorDesc const* inputs, int32_t num_inputs
 int32_t Plugin::enqueue(PluginTensorDesc const* input_descs, PluginTensorDesc const* output_descs,
                         void const* const* inputs, void* const* outputs, void* workspace,
                         cudaStream_t stream) noexcept {
-  return guarded(contract_, "enqueue", kFailure, [&] {
+  return guarded(contract_, layer_.c_str(), "enqueue", kFailure, [&] {
     Call call = sized_call(input_descs, output_descs);
     for (int32_t i = 0; i < contract_.num_inputs; ++i) {
       call.inputs[i].data = const_cast<void*>(inputs[i]);
@@ -293,15 +295,14 @@ Creator::Creator(OpEntry const& entry) : entry_(entry) {
 
 nvinfer1::IPluginV3* Creator::createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
                                            nvinfer1::TensorRTPhase phase) noexcept {
-  return guarded<nvinfer1::IPluginV3*>(
-      *entry_.contract, (std::string("createPlugin for layer ") + (name != nullptr ? name : "?")).c_str(), nullptr,
-      [&] {
-        if (fields == nullptr) {
-          throw PluginError("no attributes are given");
-        }
-        bool const serialized = phase == nvinfer1::TensorRTPhase::kRUNTIME;
-        return new Plugin(*entry_.contract, entry_.make(*fields, serialized));
-      });
+  char const* layer = name != nullptr ? name : "?";
+  return guarded<nvinfer1::IPluginV3*>(*entry_.contract, layer, "createPlugin", nullptr, [&] {
+    if (fields == nullptr) {
+      throw PluginError("no attributes are given");
+    }
+    bool const serialized = phase == nvinfer1::TensorRTPhase::kRUNTIME;
+    return new Plugin(*entry_.contract, layer, entry_.make(*fields, serialized));
+  });
 }
 
 }  // namespace ringplugins

@@ -21,7 +21,8 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneBuildV2,
                      public nvinfer1::IPluginV3OneRuntime {
  public:
-  Plugin(OpContract const& contract, std::unique_ptr<Op> op);
+  // layer: its name in the network, for messages.
+  Plugin(OpContract const& contract, std::string const& layer, std::unique_ptr<Op> op);
 
   // IPluginV3
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
@@ -66,6 +67,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   Call sized_call(nvinfer1::PluginTensorDesc const* inputs, nvinfer1::PluginTensorDesc const* outputs) const;
 
   OpContract const& contract_;
+  std::string layer_;
   std::unique_ptr<Op> op_;
   std::vector<nvinfer1::PluginField> serialized_;
   nvinfer1::PluginFieldCollection collection_;

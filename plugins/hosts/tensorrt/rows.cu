@@ -14,7 +14,8 @@ __global__ void append_kernel(AppendParams p) {
   int32_t const step = static_cast<int32_t>(token % p.max_length);
   int64_t const place = static_cast<int64_t>(p.position[row]) + step;
   bool const used = step < p.lengths[row] && place < p.capacity;
-  if (threadIdx.x == 0) {
+  bool const staged_too = p.token_position != nullptr;
+  if (staged_too && threadIdx.x == 0) {
     p.token_position[index] = static_cast<int32_t>(place);
     p.token_slot[index] = used ? static_cast<int32_t>(row) : -1;
   }
@@ -33,8 +34,10 @@ __global__ void append_kernel(AppendParams p) {
     int64_t const target = (head * p.capacity + place) * per_head + i % per_head;
     key_cache[target] = key[i];
     value_cache[target] = value[i];
-    static_cast<uint4*>(p.staged_key)[staged + i] = key[i];
-    static_cast<uint4*>(p.staged_value)[staged + i] = value[i];
+    if (staged_too) {
+      static_cast<uint4*>(p.staged_key)[staged + i] = key[i];
+      static_cast<uint4*>(p.staged_value)[staged + i] = value[i];
+    }
   }
 }
 

@@ -9,8 +9,9 @@
 
 namespace ringplugins {
 
-// Appends the keys and values of some tokens to a cache, and describes each of these tokens as a row of its own:
-// place, slot, and copies of key and value in rows of the query's stride, which the attention kernel asks for.
+// Appends the keys and values of new tokens to a cache. Where `token_position` is given, each of these tokens is also
+// described as a row of its own: place, slot, and copies of key and value in rows of the query's stride, which the
+// attention kernel for one token a row asks for.
 struct AppendParams {
   void const* key;           // [B, T, KV, K] dtype
   void const* value;         // [B, T, KV, K]
@@ -18,7 +19,7 @@ struct AppendParams {
   void* value_cache;         // [B, KV, S, K]
   int32_t const* position;   // [B] tokens already in the cache
   int32_t const* lengths;    // [B] valid new tokens
-  int32_t* token_position;   // [num_tokens] written: place of each token
+  int32_t* token_position;   // [num_tokens] or null; written: place of each token
   int32_t* token_slot;       // [num_tokens] written: its row, -1 for padding
   void* staged_key;          // [num_tokens] rows of staged_stride elements, written
   void* staged_value;        // like staged_key

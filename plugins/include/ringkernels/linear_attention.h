@@ -32,6 +32,8 @@ struct LinearAttentionDecodeParams {
   float norm_eps;
   DType dtype;                // kBFloat16, kFloat16 or kFloat32
   int32_t programmatic_launch;  // 1: wait for the kernel before with griddepcontrol
+  int32_t state_settled;      // 1: what wrote state and slots ended before the kernel ahead began: they are
+                              // read while that one still runs
 };
 
 // Many tokens per row, in chunks; the state is carried in and out in place. Query and key are normed and rotated.
@@ -65,6 +67,8 @@ Status launch(const LinearAttentionDecodeParams& params, Stream stream);
 
 Status validate(const LinearAttentionPrefillParams& params);
 size_t workspace_bytes(const LinearAttentionPrefillParams& params);
+// Enough for every call with at most this batch and max_length: fewer rows are cut into more parts.
+size_t max_workspace_bytes(const LinearAttentionPrefillParams& params);
 Status launch(const LinearAttentionPrefillParams& params, Stream stream);
 
 }  // namespace ringkernels

@@ -73,6 +73,8 @@ Status launch(const RouterParams& params, Stream stream);
 
 Status validate(const ExpertsParams& params);
 size_t workspace_bytes(const ExpertsParams& params);
+// How much of the workspace, from its start, has to be zero: less than all of it for many tokens.
+size_t zeroed_workspace_bytes(const ExpertsParams& params);
 Status launch(const ExpertsParams& params, Stream stream);
 
 }  // namespace ringkernels

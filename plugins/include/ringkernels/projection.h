@@ -1,5 +1,7 @@
-// Small-M matrix product y = x W^T, memory bound: every weight byte is read once, at up to 64 rows.
-// The norm before it can be computed inside, once per block, so that no kernel of its own is needed.
+// Matrix product y = x W^T. Up to 64 rows it is memory bound: every weight byte is read once, and the norm
+// before it can be computed inside, once per block, so that no kernel of its own is needed. More rows are
+// multiplied in large tiles, with fewer choices: no prologue, no static or block scales, 16-bit output in
+// contiguous rows.
 #pragma once
 
 #include "ringkernels/types.h"
@@ -26,7 +28,7 @@ struct ProjectionParams {
   int64_t input_row_stride;
   int64_t gate_row_stride;
   int64_t output_row_stride;
-  int32_t m;                   // 1..64
+  int32_t m;                   // 1 or more
   int32_t n;                   // a multiple of 16
   int32_t k;                   // a multiple of 64
   int32_t num_norm_groups;

@@ -8,6 +8,8 @@ namespace {
 using attention::Workspace;
 
 constexpr int kDefaultBlockSlots = 264;  // where no GPU can be asked
+// The workspace is that of the largest GPU: an engine may be sized on another machine than it runs on.
+constexpr int kMaxBlockSlots = attention::kBlocksPerMultiprocessor * 192;
 // Counters have a place of their own: they stay zero whatever batch the next launch has. More pairs than that
 // give every block of any GPU work without a split.
 constexpr int kCounters = 16384;
@@ -22,13 +24,13 @@ int block_slots() {
     cudaGetLastError();
     return kDefaultBlockSlots;
   }
-  return attention::kBlocksPerMultiprocessor * multiprocessors;
+  return std::min(attention::kBlocksPerMultiprocessor * multiprocessors, kMaxBlockSlots);
 }
 
 // The largest number of parts over all choices of the split.
 int64_t max_parts(int pairs) {
   if (pairs > kCounters) return pairs;
-  return static_cast<int64_t>(pairs) * attention::max_splits(pairs, block_slots());
+  return static_cast<int64_t>(pairs) * attention::max_splits(pairs, kMaxBlockSlots);
 }
 
 int choose(const AttentionDecodeParams& p) {

@@ -21,6 +21,22 @@ inline Status cuda_status(cudaError_t error) {
   return Status{StatusCode::kLaunchFailed, cudaGetErrorString(error), "a successful launch", (int64_t)error};
 }
 
+// With RINGKERNELS_PORTABLE_ONLY a GPU of sm_90 runs what serves the GPUs without its instructions, in the
+// least shared memory that any of them gives a block: for tests.
+#ifdef RINGKERNELS_PORTABLE_ONLY
+constexpr bool kPortableOnly = true;
+#else
+constexpr bool kPortableOnly = false;
+#endif
+
+// Shared memory that a block of this device may ask for.
+inline cudaError_t shared_bytes_per_block(int device, int* bytes) {
+  constexpr int kLeast = 99 * 1024;  // of sm_86, 89 and 120
+  const cudaError_t error = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (kPortableOnly && *bytes > kLeast) *bytes = kLeast;
+  return error;
+}
+
 template <typename... Params, typename... Args>
 Status launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args) {
   if (shape.shared_bytes > 48 * 1024) {
@@ -30,7 +46,7 @@ Status launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, Args&&
   }
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
-  if (shape.programmatic) {
+  if (shape.programmatic && !kPortableOnly) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }

@@ -65,11 +65,17 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int head = blockIdx.y, row = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = threadIdx.x / kLanes, column = blockIdx.x * kColumns + threadIdx.x % kLanes * 4;
-  // Slots and log_decay are inputs of the step too: nothing is read before the kernel before has ended.
-  wait_for_previous_kernel();
-  allow_next_kernel();
+  // What is not settled is an input of the step: it is not read before the kernel ahead has ended.
+  const auto begin = [] {
+    wait_for_previous_kernel();
+    allow_next_kernel();
+  };
+  if (!params.state_settled) begin();
   const int slot = params.slots == nullptr ? row : params.slots[row];
-  if (slot < 0) return;
+  if (slot < 0) {
+    if (params.state_settled) begin();  // this kernel must not end before the one ahead
+    return;
+  }
 
   // All of the thread's state is requested before anything waits.
   float* state = params.state + ((int64_t)slot * params.num_heads + head) * kDim * kDim + column;
@@ -77,6 +83,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
     s[i] = __ldcs(reinterpret_cast<const float4*>(state + (group + i * kGroups) * kDim));
+  if (params.state_settled) begin();
 
   const int64_t source = row * params.row_stride + head * kDim;
   if (warp == 0)

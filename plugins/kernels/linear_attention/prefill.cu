@@ -49,7 +49,7 @@ cudaError_t find_device(Device& device) {
   if (error != cudaSuccess) return error;
   cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
   cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index);
-  return cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  return shared_bytes_per_block(index, &device.shared_bytes);
 }
 
 }  // namespace
@@ -105,12 +105,21 @@ size_t workspace_bytes(const LinearAttentionPrefillParams& params) {
   return (size_t)(heads * states * params.head_dim * params.head_dim) * sizeof(float);
 }
 
+size_t max_workspace_bytes(const LinearAttentionPrefillParams& params) {
+  using namespace linear_attention;
+  if (params.max_length <= kMinSegmentTokens) return 0;
+  // heads * segments is at most the number of blocks, and several segments are half a row at most.
+  const int64_t parts = std::clamp<int64_t>(divide_up(params.max_length, 2) / kMinPartTokens, 1, kMaxParts);
+  const int64_t states = std::max(kBlocks, kHopperBlocks * parts);
+  return (size_t)(states * params.head_dim * params.head_dim) * sizeof(float);
+}
+
 Status launch(const LinearAttentionPrefillParams& params, Stream stream) {
   RING_RETURN_IF_ERROR(validate(params));
   if (params.batch == 0 || params.max_length == 0) return Status{};
   linear_attention::Device device;
   RING_RETURN_IF_ERROR(cuda_status(linear_attention::find_device(device)));
-  const bool hopper = params.head_dim == 128 && device.major == 9 && device.minor == 0;
+  const bool hopper = !kPortableOnly && params.head_dim == 128 && device.major == 9 && device.minor == 0;
   auto plan = linear_attention::plan_prefill(params, hopper);
   plan.shared_bytes = device.shared_bytes;
   return params.dtype == DType::kBFloat16

@@ -24,20 +24,27 @@ __device__ __forceinline__ float value_of_key(uint32_t key) {
 }
 
 struct ChoiceScratch {
+  alignas(16) uint32_t key[kMaxExperts];
+  alignas(16) uint32_t candidate[32];
   float score[kMaxExperts];
-  uint32_t key[kMaxExperts];
-  int id[kRouterThreads];
+  // The best of each group, by group and rank.
+  uint32_t best_key[kRouterThreads];
+  float best_score[kRouterThreads];
+  int best_id[kRouterThreads];
   float strength[kMaxGroups];
 };
 
-// How many of the warp's keys come before this lane's; ties to the lower lane.
-__device__ __forceinline__ int rank_in_warp(uint32_t key) {
+// How many of 32 keys in shared memory come before this lane's; ties to the lower lane.
+__device__ __forceinline__ int rank_of(uint32_t key, const uint32_t* keys) {
   const int lane = threadIdx.x % 32;
   int rank = 0;
 #pragma unroll
-  for (int other = 0; other < 32; ++other) {
-    const uint32_t theirs = __shfl_sync(kFullWarp, key, other);
-    rank += theirs > key || (theirs == key && other < lane);
+  for (int other = 0; other < 32; other += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(keys + other);
+    rank += four.x > key || (four.x == key && other < lane);
+    rank += four.y > key || (four.y == key && other + 1 < lane);
+    rank += four.z > key || (four.z == key && other + 2 < lane);
+    rank += four.w > key || (four.w == key && other + 3 < lane);
   }
   return rank;
 }
@@ -62,8 +69,9 @@ __device__ __forceinline__ uint32_t open_groups(const float* strength, int n_gro
   const int lane = threadIdx.x % 32;
   const float mine = lane < n_group ? strength[lane] : -FLT_MAX;
   int rank = 0;
+#pragma unroll 8
   for (int other = 0; other < n_group; ++other) {
-    const float theirs = __shfl_sync(kFullWarp, mine, other);
+    const float theirs = strength[other];
     rank += theirs > mine || (theirs == mine && other < lane);
   }
   return __ballot_sync(kFullWarp, lane < n_group && rank < topk_group);
@@ -116,35 +124,53 @@ __host__ __device__ inline bool ranks_serve(const RouterParams& p) {
   return p.num_experts <= kRouterThreads && p.num_experts == p.n_group * 32 && p.topk_group * p.top_k <= 32;
 }
 
+// Which of the best of the open groups a lane of the first warp ranks: the `place`-th of the `group`-th.
+struct Candidate {
+  int group;
+  int place;
+
+  // Long divisions: made before the wait for the kernel before, where they cost nothing.
+  __device__ __forceinline__ explicit Candidate(const RouterParams& p) {
+    const int lane = threadIdx.x % 32;
+    group = lane / p.top_k, place = lane % p.top_k;
+    asm volatile("" : "+r"(group), "+r"(place));  // here, not where they are used
+  }
+};
+
 // As choose_experts, with one barrier: each warp ranks its group, the first warp ranks the best of the open
-// groups.
-template <typename Logit>
+// groups. logit: of expert threadIdx.x.
 __device__ __forceinline__ void choose_by_rank(const RouterParams& p, int token, ChoiceScratch& scratch,
-                                               float bias, Logit logit) {
+                                               float bias, float logit, const Candidate& mine) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp < p.n_group) {
-    const float score = 1.0f / (1.0f + expf(-logit(threadIdx.x)));
-    const uint32_t key = ordered_key(score + bias);
-    const int rank = rank_in_warp(key);
+    const float score = 1.0f / (1.0f + expf(-logit)), biased = score + bias;
+    const uint32_t key = ordered_key(biased);
+    scratch.key[threadIdx.x] = key;
+    __syncwarp();
+    const int rank = rank_of(key, scratch.key + warp * 32);
     if (rank < p.top_k) {
       const int place = warp * 32 + rank;
-      scratch.key[place] = key;
-      scratch.score[place] = score;
-      scratch.id[place] = threadIdx.x;
+      scratch.best_key[place] = key;
+      scratch.best_score[place] = score;
+      scratch.best_id[place] = threadIdx.x;
     }
-    const float best = __shfl_sync(kFullWarp, score + bias, __ffs(__ballot_sync(kFullWarp, rank == 0)) - 1);
-    const float next = __shfl_sync(kFullWarp, score + bias, __ffs(__ballot_sync(kFullWarp, rank == 1)) - 1);
+    const float best = __shfl_sync(kFullWarp, biased, __ffs(__ballot_sync(kFullWarp, rank == 0)) - 1);
+    const float next = __shfl_sync(kFullWarp, biased, __ffs(__ballot_sync(kFullWarp, rank == 1)) - 1);
     if (lane == 0) scratch.strength[warp] = best + next;
   }
   __syncthreads();
   if (warp != 0) return;
   uint32_t groups = open_groups(scratch.strength, p.n_group, p.topk_group);
-  const bool candidate = lane < p.topk_group * p.top_k;
-  for (int skip = candidate ? lane / p.top_k : 0; skip > 0; --skip) groups &= groups - 1;
-  const int place = candidate ? (__ffs(groups) - 1) * 32 + lane % p.top_k : 0;
+  const bool candidate = mine.group < p.topk_group;
+  for (int skip = candidate ? mine.group : 0; skip > 0; --skip) groups &= groups - 1;
+  const int place = candidate ? (__ffs(groups) - 1) * 32 + mine.place : 0;
   // Candidates are by group and rank, so that equal keys stay by id.
-  const int rank = rank_in_warp(candidate ? scratch.key[place] : 0);
-  write_choice(p, token, rank, candidate && rank < p.top_k, scratch.id[place], scratch.score[place]);
+  const uint32_t key = candidate ? scratch.best_key[place] : 0;
+  scratch.candidate[lane] = key;
+  __syncwarp();
+  const int rank = rank_of(key, scratch.candidate);
+  write_choice(p, token, rank, candidate && rank < p.top_k, scratch.best_id[place],
+               scratch.best_score[place]);
 }
 
 // Called by a whole block; logit(e) is called once for each expert.

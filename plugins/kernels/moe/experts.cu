@@ -8,40 +8,62 @@ namespace ringkernels {
 namespace moe {
 namespace {
 
+constexpr int kCombineAhead = 9;  // results that are on their way at once: 8 experts and the shared one
+
 // grid: (tokens, parts of D). Each thread: 4 channels of one token, its choices added in order.
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ ExpertsParams p, const __grid_constant__ ExpertsPlan plan) {
   allow_next_kernel();
-  wait_for_previous_kernel();
-  const int choices = choices_of(p), token = blockIdx.x;
+  const int choices = choices_of(p), token = blockIdx.x, lane = threadIdx.x % 32;
   const int channel = (blockIdx.y * kThreads + threadIdx.x) * 4;
-  if (channel >= p.hidden_size) return;
-  float sum[4] = {};
-#pragma unroll 4
-  for (int choice = 0; choice < choices; ++choice) {
-    float weight = 1.0f;
-    if (choice < p.top_k) {
-      const int64_t index = (int64_t)token * p.top_k + choice;
-      const int expert = p.expert_ids[index];
-      if (expert < 0 || expert >= p.num_experts) continue;
-      weight = p.routing_weights[index];
-    }
-    const float* result = plan.results + ((int64_t)token * choices + choice) * p.hidden_size + channel;
-    const float4 y = *reinterpret_cast<const float4*>(result);
-    sum[0] += weight * y.x, sum[1] += weight * y.y, sum[2] += weight * y.z, sum[3] += weight * y.w;
+  const bool inside = channel < p.hidden_size;
+  // The inputs of the op were there before its first kernel let the others start: no need to wait for them.
+  float weight_of_lane = 0.0f;
+  bool here = false;
+  if (lane < p.top_k) {
+    const int64_t index = (int64_t)token * p.top_k + lane;
+    const int expert = __ldcg(p.expert_ids + index);
+    here = expert >= 0 && expert < p.num_experts;
+    if (here) weight_of_lane = __ldcg(p.routing_weights + index);
   }
+  const unsigned used = __ballot_sync(kFullWarp, here);
+  const int64_t first = (int64_t)token * p.hidden_size + channel;
+  float sum[4] = {}, before[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t index = (int64_t)token * p.hidden_size + channel + i;
-    put_output(p, index, output_before(p, index) + sum[i]);
+  for (int i = 0; i < 4; ++i) before[i] = inside ? output_before(p, first + i) : 0.0f;
+  wait_for_previous_kernel();
+  for (int base = 0; base < choices; base += kCombineAhead) {
+    float4 y[kCombineAhead];
+#pragma unroll
+    for (int i = 0; i < kCombineAhead; ++i) {
+      const int choice = base + i;
+      const bool wanted = inside && choice < choices && (choice == p.top_k || (used >> choice & 1));
+      const float* result = plan.results + ((int64_t)token * choices + choice) * p.hidden_size + channel;
+      y[i] = wanted ? __ldcg(reinterpret_cast<const float4*>(result)) : float4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kCombineAhead; ++i) {
+      const int choice = base + i;
+      const float of_lane = __shfl_sync(kFullWarp, weight_of_lane, choice % 32);
+      const float weight = choice == p.top_k ? 1.0f : of_lane;
+      sum[0] += weight * y[i].x, sum[1] += weight * y[i].y, sum[2] += weight * y[i].z,
+          sum[3] += weight * y[i].w;
+    }
   }
+  if (!inside) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) put_output(p, first + i, before[i] + sum[i]);
 }
 
 constexpr int kMaxSortedTokens = 512;  // above, the grouped path is faster where it serves the case
 constexpr int kDirectTokens = 8;
+constexpr int kDirectPairs = 16;
 constexpr int kOneTileTokens = 128;  // above, experts often have more than 8 tokens
 
-bool direct(const ExpertsParams& p) { return p.tokens <= kDirectTokens; }
+// Measured: with more pairs, sorting them first is faster. A dense layer, one expert, has one pair per token.
+bool direct(const ExpertsParams& p) {
+  return p.tokens <= kDirectTokens && p.tokens * p.top_k <= kDirectPairs;
+}
 
 bool grouped(const ExpertsParams& p) { return p.tokens > kMaxSortedTokens && grouped_experts_supports(p); }
 
@@ -50,8 +72,7 @@ bool grouped(const ExpertsParams& p) { return p.tokens > kMaxSortedTokens && gro
 size_t shared_limit() {
   int device = 0, bytes = 0;
   const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+      cudaGetDevice(&device) == cudaSuccess && shared_bytes_per_block(device, &bytes) == cudaSuccess;
   return known ? (size_t)bytes : 99 * 1024;
 }
 
@@ -71,21 +92,23 @@ ExpertsPlan plan_experts(const ExpertsParams& p, bool sorted) {
   plan.code_scales =
       reinterpret_cast<float*>(take((size_t)p.tokens * blocks_of(p.hidden_size) * sizeof(float)));
   plan.intermediate = reinterpret_cast<float*>(take((size_t)pairs * width * sizeof(float)));
-  const int padded = (width + kSegmentBytes - 1) / kSegmentBytes * kSegmentBytes;
-  plan.intermediate_codes = take((size_t)pairs * padded * element);
-  plan.intermediate_scales = reinterpret_cast<float*>(take((size_t)pairs * blocks_of(width) * sizeof(float)));
   if (sorted) {
     plan.tokens_per_group = kTokenTile;
-    if (p.tokens > kOneTileTokens && (size_t)most_stage_bytes(p, 2) <= shared_limit()) {
+    if (p.tokens > kOneTileTokens && (size_t)most_stage_bytes(p, 2) + kLeastRingBytes <= shared_limit()) {
       plan.tokens_per_group = 2 * kTokenTile;
     }
     plan.results = reinterpret_cast<float*>(take((size_t)pairs * p.hidden_size * sizeof(float)));
     // Every expert has at most one group that is not full.
-    const int64_t most = routed / plan.tokens_per_group + (routed < p.num_experts ? routed : p.num_experts) +
-                         p.tokens / plan.tokens_per_group + 1;
+    const int64_t most =
+        routed / kTokenTile + (routed < p.num_experts ? routed : p.num_experts) + p.tokens / kTokenTile + 1;
     plan.groups = reinterpret_cast<Group*>(take(most * sizeof(Group)));
     plan.pairs = reinterpret_cast<int*>(take(pairs * sizeof(int)));
     plan.group_count = reinterpret_cast<int*>(take(sizeof(int)));
+  } else {
+    const int padded = (width + kSegmentBytes - 1) / kSegmentBytes * kSegmentBytes;
+    plan.intermediate_codes = take((size_t)pairs * padded * element);
+    plan.intermediate_scales =
+        reinterpret_cast<float*>(take((size_t)pairs * blocks_of(width) * sizeof(float)));
   }
   const bool as_given = p.weight_dtype == DType::kInt8 ? p.quantized_hidden != nullptr
                                                        : !is_8bit(p.weight_dtype) && p.norm_weight == nullptr;
@@ -181,6 +204,10 @@ size_t workspace_bytes(const ExpertsParams& p) {
   return moe::plan_experts(p, !moe::direct(p)).bytes;
 }
 
+size_t zeroed_workspace_bytes(const ExpertsParams& p) {
+  return moe::grouped(p) ? grouped_experts_zeroed_bytes(p) : workspace_bytes(p);
+}
+
 Status validate(const ExpertsParams& p) {
   RING_RETURN_IF_ERROR(moe::validate_shape(p));
   RING_RETURN_IF_ERROR(moe::validate_types(p));
@@ -189,8 +216,9 @@ Status validate(const ExpertsParams& p) {
   RING_REQUIRE(p.workspace_bytes >= (int64_t)workspace_bytes(p), kWorkspace, "workspace_bytes",
                "at least workspace_bytes()", p.workspace_bytes);
   if (!moe::grouped(p) && !moe::direct(p)) {
-    RING_REQUIRE((size_t)moe::most_stage_bytes(p, 1) <= moe::shared_limit(), kUnsupported,
-                 "intermediate_size", "one whose tokens fit shared memory", p.intermediate_size);
+    RING_REQUIRE((size_t)moe::most_stage_bytes(p, 1) + moe::kLeastRingBytes <= moe::shared_limit(),
+                 kUnsupported, "intermediate_size", "one whose tokens fit shared memory",
+                 p.intermediate_size);
   }
   return Status{};
 }

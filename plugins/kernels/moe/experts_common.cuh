@@ -271,14 +271,31 @@ __device__ __forceinline__ float absmax8(const float (&x)[8]) {
   return largest;
 }
 
+// x / scale rounded to nearest as a division would, for codes: one correction of the product with the
+// reciprocal (Markstein). Far outside of the codes it need not be exact, and may not be: the correction could
+// be NaN.
+__device__ __forceinline__ float divide_by(float x, float scale, float reciprocal) {
+  const float close = x * reciprocal;
+  return fabsf(close) < 1024.0f ? fmaf(fmaf(-close, scale, x), reciprocal, close) : close;
+}
+
 // Eight neighbouring values as the tokens' format, divided by their scale.
 template <typename Format>
 __device__ __forceinline__ void store_encoded(typename Format::Activation* target, const float (&x)[8],
                                               float scale) {
-  Vec<typename Format::Activation, 8> out;
+  using Pair = decltype(Format::encode(0.0f, 0.0f));
+  Vec<Pair, 4> out;
+  const float reciprocal = is_8bit(Format::kType) ? 1.0f / scale : 1.0f;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) out.data[i] = Format::encode(is_8bit(Format::kType) ? x[i] / scale : x[i]);
-  out.store(target);
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (is_8bit(Format::kType)) {
+      out.data[i] =
+          Format::encode(divide_by(x[2 * i], scale, reciprocal), divide_by(x[2 * i + 1], scale, reciprocal));
+    } else {
+      out.data[i] = Format::encode(x[2 * i], x[2 * i + 1]);
+    }
+  }
+  out.store(reinterpret_cast<Pair*>(target));
 }
 
 __device__ __forceinline__ void load8(const float* source, float (&x)[8]) {

@@ -68,7 +68,10 @@ __global__ void __maxnreg__(kGateUpRegisters)
   int mine = blockIdx.y * slots + lane, count = min(slots, p.tokens - (int)blockIdx.y * slots);
   auto start_weights = [&] {
     const int expert = is_shared ? p.num_experts : __ldcg(p.expert_ids + pair);
-    if (!is_shared) count = find_pairs(p.expert_ids, p.tokens * p.top_k, pair, expert, slots, mine);
+    if (!is_shared && slots == 1) mine = pair, count = 1;  // each pair by itself
+    if (!is_shared && slots > 1) {
+      count = find_pairs(p.expert_ids, p.tokens * p.top_k, pair, expert, slots, mine);
+    }
     const bool valid = is_shared || (expert >= 0 && expert < p.num_experts);
     m = matrix_of<Format>(p, valid ? expert : 0, false);
     active = valid && count > 0 && blockIdx.x * kRowTile < (unsigned)m.rows;

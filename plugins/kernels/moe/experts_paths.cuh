@@ -7,13 +7,6 @@
 
 namespace ringkernels::moe {
 
-// Rows of a block of the sorted path: as long a stream as leaves some work for every block. Measured on the
-// H200.
-inline int rows_per_work(int tokens, bool down) {
-  const int rows = tokens <= 12 ? 128 : tokens <= 128 ? 512 : 256;
-  return down ? 2 * rows : rows;
-}
-
 template <typename Format, bool kBlock>
 Status launch_prepare_intermediate(const ExpertsParams& p, const ExpertsPlan& plan, LaunchShape shape) {
   shape.grid = dim3((p.tokens * choices_of(p) + kWarps - 1) / kWarps);
@@ -67,14 +60,20 @@ Status launch_direct_kernels(const ExpertsParams& p, Stream stream) {
 template <typename Format, bool kBlock, int kTiles, bool kDown>
 Status launch_product(const ExpertsParams& p, const ExpertsPlan& plan, LaunchShape shape,
                       int multiprocessors) {
-  const size_t stage = stage_bytes_of(p, kTiles, kDown), room = shared_limit();
-  const int stages = 2 * stage <= room ? 2 : 1;
-  const int fit = (int)((room + 1024) / (stages * stage + 1024));
-  shape.shared_bytes = stages * stage;
-  shape.grid = dim3(multiprocessors * (fit > 2 ? 2 : fit));
-  shape.block = dim3(kThreads);
-  return launch_kernel(sorted_product_kernel<Format, kBlock, kTiles, kDown>, shape, p, plan,
-                       rows_per_work(p.tokens, kDown), stages);
+  const size_t stage = stage_bytes_of(p, kTiles, kDown);
+  const size_t room = shared_limit();
+  int warps = kMaxProductWarps;
+  Ring ring = {};
+  ring.steps = kDown ? kDownRingSteps : kGateUpRingSteps;
+  const auto ring_bytes = [&] { return (size_t)warps * ring.steps * kStepBytes; };
+  while (warps > kMinProductWarps && ring_bytes() + stage > room) --warps;
+  if (ring_bytes() + stage > room) ring.steps = kLeastRingSteps;
+  const int fit = (int)((room - ring_bytes()) / stage);
+  ring.buffers = fit < kMaxBuffers ? fit : kMaxBuffers;
+  shape.shared_bytes = ring_bytes() + ring.buffers * stage;
+  shape.grid = dim3(multiprocessors);
+  shape.block = dim3(warps * 32);
+  return launch_kernel(sorted_product_kernel<Format, kBlock, kTiles, kDown>, shape, p, plan, ring);
 }
 
 template <typename Format, bool kBlock, int kTiles>
@@ -92,7 +91,6 @@ Status launch_sorted_kernels(const ExpertsParams& p, const ExpertsPlan& plan, St
   }
   if (error != cudaSuccess) return cuda_status(error);
   RING_RETURN_IF_ERROR((launch_product<Format, kBlock, kTiles, false>(p, plan, shape, multiprocessors)));
-  RING_RETURN_IF_ERROR((launch_prepare_intermediate<Format, kBlock>(p, plan, shape)));
   RING_RETURN_IF_ERROR((launch_product<Format, kBlock, kTiles, true>(p, plan, shape, multiprocessors)));
   return launch_combine(p, plan, stream);
 }

@@ -18,12 +18,13 @@ struct Group {
 // Where things lie in the workspace; pair = token * choices + choice, the last choice is the shared expert.
 // "Prepared" rows are as shared memory wants them: FP8 codes as halves, INT8 codes, or the activation dtype.
 struct ExpertsPlan {
-  uint8_t* codes;               // [N, D] prepared, or null: the caller's input will do
-  float* code_scales;           // [N, scales]
-  float* intermediate;          // [N * choices, widest] SwiGLU outputs
+  uint8_t* codes;       // [N, D] prepared, or null: the caller's input will do
+  float* code_scales;   // [N, scales]
+  float* intermediate;  // [N * choices, widest] SwiGLU outputs
+  // Of the direct path:
   uint8_t* intermediate_codes;  // [N * choices, widest] prepared
   float* intermediate_scales;   // [N * choices, scales]
-  // The rest is of the sorted path.
+  // Of the sorted path:
   float* results;  // [N * choices, D]
   int* group_count;
   Group* groups;

@@ -60,9 +60,9 @@ struct Fp8Weights {
   static constexpr DType kType = DType::kFp8E4M3;
   static constexpr int kElementBytes = 1;
 
-  __device__ __forceinline__ static Activation encode(float scaled) {
-    const uint32_t halves = half2_of_e4m3x2(to_fp8_e4m3(scaled));
-    return __ushort_as_half(static_cast<uint16_t>(halves));
+  // Two codes as halves.
+  __device__ __forceinline__ static uint32_t encode(float first, float second) {
+    return half2_of_e4m3x2(__nv_cvt_float2_to_fp8x2({first, second}, __NV_SATFINITE, __NV_E4M3));
   }
 };
 
@@ -72,7 +72,10 @@ struct Int8Weights {
   static constexpr DType kType = DType::kInt8;
   static constexpr int kElementBytes = 1;
 
-  __device__ __forceinline__ static Activation encode(float scaled) { return to_int8(scaled); }
+  __device__ __forceinline__ static uint16_t encode(float first, float second) {
+    return static_cast<uint16_t>(static_cast<uint8_t>(to_int8(first)) | static_cast<uint8_t>(to_int8(second))
+                                                                            << 8);
+  }
 };
 
 template <typename T>
@@ -82,7 +85,10 @@ struct PlainWeights {
   static constexpr DType kType = DTypeOf<T>::value;
   static constexpr int kElementBytes = 2;
 
-  __device__ __forceinline__ static Activation encode(float value) { return from_float<T>(value); }
+  __device__ __forceinline__ static uint32_t encode(float first, float second) {
+    const T both[2] = {from_float<T>(first), from_float<T>(second)};
+    return *reinterpret_cast<const uint32_t*>(both);
+  }
 };
 
 template <typename Format>

@@ -242,9 +242,7 @@ Status query_device(Device* device) {
   RING_RETURN_IF_ERROR(
       cuda_status(cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index)));
   RING_RETURN_IF_ERROR(cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)));
-#ifndef RINGKERNELS_PORTABLE_ONLY  // to test on a Hopper GPU what runs on the others
-  device->hopper = major == 9;
-#endif
+  device->hopper = major == 9 && !kPortableOnly;
   return Status{};
 }
 
@@ -284,6 +282,9 @@ bool grouped_experts_supports(const ExpertsParams& p) {
 }
 
 size_t grouped_experts_workspace_bytes(const ExpertsParams& p) { return static_cast<size_t>(carve(p).bytes); }
+
+// The counter, which lies first.
+size_t grouped_experts_zeroed_bytes(const ExpertsParams& /*p*/) { return kGroupedCounterBytes; }
 
 Status launch_grouped_experts(const ExpertsParams& p, Stream stream) {
   if (p.tokens == 0) return Status{};

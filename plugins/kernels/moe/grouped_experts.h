@@ -13,6 +13,7 @@ constexpr int kGroupedCounterBytes = 1024;
 // Whether this path serves the given shape, number formats and scales. Pointers may be missing.
 bool grouped_experts_supports(const ExpertsParams& params);
 size_t grouped_experts_workspace_bytes(const ExpertsParams& params);
+size_t grouped_experts_zeroed_bytes(const ExpertsParams& params);
 Status launch_grouped_experts(const ExpertsParams& params, Stream stream);
 
 }  // namespace ringkernels

@@ -47,6 +47,7 @@ __device__ __forceinline__ int block_scan(int value, int* scratch, int& total) {
 // The last block: from counts per block to first rows and tiles.
 __device__ __forceinline__ void plan(const SortParams& p, int* scratch) {
   __shared__ int sums[kMaxExperts];
+  constexpr int kAhead = 8;
   const int segments = max(1, kSortThreads / p.num_experts), blocks = gridDim.x;
   const int per_segment = ceil_div(blocks, segments);
   const int expert = threadIdx.x % p.num_experts, segment = threadIdx.x / p.num_experts;
@@ -59,12 +60,16 @@ __device__ __forceinline__ void plan(const SortParams& p, int* scratch) {
   int first = 0, count = 0;
   if (segment < segments)
     for (int other = 0; other < segment; ++other) first += sums[other * p.num_experts + expert];
-#pragma unroll 8
-  for (int block = begin; block < end; ++block) {
-    int32_t* entry = &p.block_first[block * p.num_experts + expert];
-    const int added = __ldcg(entry);
-    *entry = first;
-    first += added;
+  for (int block = begin; block < end; block += kAhead) {
+    int added[kAhead];  // loaded together: a store between two loads would hold up the second
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      added[i] = block + i < end ? __ldcg(&p.block_first[(block + i) * p.num_experts + expert]) : 0;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (block + i < end) p.block_first[(block + i) * p.num_experts + expert] = first;
+      first += added[i];
+    }
   }
   if (threadIdx.x < p.num_experts)
     for (int other = 0; other < segments; ++other) count += sums[other * p.num_experts + threadIdx.x];
@@ -105,10 +110,16 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const SortParams p) 
   __syncthreads();
   for (int e = threadIdx.x; e < p.num_experts; e += kSortThreads) {
     int sum = 0;
-    for (int w = 0; w < 32; ++w) {
-      const int count = counts[w * p.num_experts + e];
-      counts[w * p.num_experts + e] = static_cast<uint16_t>(sum);
-      sum += count;
+    constexpr int kHeld = 16;  // counts loaded together
+    for (int first = 0; first < kSortThreads / 32; first += kHeld) {
+      uint16_t of_warp[kHeld];
+#pragma unroll
+      for (int w = 0; w < kHeld; ++w) of_warp[w] = counts[(first + w) * p.num_experts + e];
+#pragma unroll
+      for (int w = 0; w < kHeld; ++w) {
+        counts[(first + w) * p.num_experts + e] = static_cast<uint16_t>(sum);
+        sum += of_warp[w];
+      }
     }
     p.block_first[blockIdx.x * p.num_experts + e] = sum;
   }
@@ -174,16 +185,24 @@ __device__ __forceinline__ Vec<uint32_t, kCount / 4> quantized(const Vec<T, kCou
   const float reciprocal = 1.0f / scale;
 #pragma unroll
   for (int word = 0; word < kCount / 4; ++word) {
-    uint32_t packed = 0;
+    float scaled[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // x / scale rounded to nearest, by one correction of the product with the reciprocal (Markstein).
       const float x = to_float(values.data[4 * word + i]), close = x * reciprocal;
-      const float scaled = fabsf(close) < 1024.0f ? fmaf(fmaf(-close, scale, x), reciprocal, close) : close;
-      packed |= static_cast<uint32_t>(int8 ? static_cast<uint8_t>(to_int8(scaled)) : to_fp8_e4m3(scaled))
-                << (8 * i);
+      scaled[i] = fabsf(close) < 1024.0f ? fmaf(fmaf(-close, scale, x), reciprocal, close) : close;
     }
-    codes.data[word] = packed;
+    if (int8) {
+      uint32_t packed = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        packed |= static_cast<uint32_t>(static_cast<uint8_t>(to_int8(scaled[i]))) << (8 * i);
+      codes.data[word] = packed;
+    } else {
+      const uint32_t low = __nv_cvt_float2_to_fp8x2({scaled[0], scaled[1]}, __NV_SATFINITE, __NV_E4M3);
+      const uint32_t high = __nv_cvt_float2_to_fp8x2({scaled[2], scaled[3]}, __NV_SATFINITE, __NV_E4M3);
+      codes.data[word] = low | high << 16;
+    }
   }
   return codes;
 }

@@ -39,7 +39,7 @@ Status launch_router(const RouterParams& p, Stream stream) {
   shape.stream = stream;
   shape.programmatic = p.programmatic_launch != 0;
   if (p.tokens <= kRouterFewTokens) {
-    shape.grid = dim3((p.num_experts + 1) / 2);
+    shape.grid = dim3((p.num_experts + kRowsPerBlock - 1) / kRowsPerBlock);
     return p.tokens == 1 ? launch_kernel(router_few_kernel<Hidden, 1>, shape, p)
                          : launch_kernel(router_few_kernel<Hidden, 4>, shape, p);
   }

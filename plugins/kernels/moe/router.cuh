@@ -1,4 +1,4 @@
-// Router kernels. Few tokens: one kernel, every block has two experts, the first blocks then choose. Many
+// Router kernels. Few tokens: one kernel, every block has four experts, the first blocks then choose. Many
 // tokens: a tiled fp32 product split over k, and a kernel that adds the parts and chooses.
 #pragma once
 
@@ -9,8 +9,12 @@ namespace ringkernels::moe {
 
 // Tokens that the one-kernel router takes. The first blocks wait for all others, so few may wait.
 constexpr int kRouterFewTokens = 8;
-constexpr int kRowThreads = 128;  // two experts per block
-constexpr int kRowPrefetch = 4;   // float4 of a router row per thread that are fetched ahead
+// Experts of a block of that kernel. Of 2, 4, 8 and 16 (a cluster that exchanges logits through distributed
+// shared memory) the fastest on the H200: fewer mean more readers of the token's hidden state, more a longer
+// reduction.
+constexpr int kRowsPerBlock = 4;
+constexpr int kRowVectors = 2;  // float4 of a row per thread that are fetched ahead: rows of up to 2048
+constexpr int kRouterWarps = kRouterThreads / 32;
 
 // 4 elements of the hidden state as fp32.
 template <typename Hidden>
@@ -42,89 +46,124 @@ __device__ __forceinline__ float await_logit(unsigned long long* slot) {
   return __uint_as_float(static_cast<uint32_t>(word));
 }
 
-// grid: experts / 2. Workspace: [N, E] words. kBatch tokens at a time.
+// Sums over a warp of kCount values per lane: lane l gets that of value l / (32 / kCount). Half of the values
+// change sides at each step, so that few shuffles do.
+template <int kHalf, int kOffset, int kCount>
+__device__ __forceinline__ float fold_warp(float (&values)[kCount]) {
+  const bool upper = threadIdx.x & kOffset;
+  if constexpr (kHalf > 0) {
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float sent = upper ? values[i] : values[i + kHalf], kept = upper ? values[i + kHalf] : values[i];
+      values[i] = kept + __shfl_xor_sync(kFullWarp, sent, kOffset);
+    }
+  } else {
+    values[0] += __shfl_xor_sync(kFullWarp, values[0], kOffset);
+  }
+  if constexpr (kOffset > 1) return fold_warp<kHalf / 2, kOffset / 2>(values);
+  return values[0];
+}
+
+// What a thread has of the rows of its block: k = 4 (base + thread) and 1024 further on.
+struct RowParts {
+  float4 weight[kRowsPerBlock][kRowVectors];
+  float4 norm[kRowVectors];
+
+  __device__ __forceinline__ void load(const RouterParams& p, int base) {
+    const int vectors = p.hidden_size / 4;
+#pragma unroll
+    for (int i = 0; i < kRowVectors; ++i) {
+      const int v = base + i * kRouterThreads + (int)threadIdx.x;
+      const bool inside = v < vectors;
+#pragma unroll
+      for (int r = 0; r < kRowsPerBlock; ++r) {
+        const int expert = min((int)blockIdx.x * kRowsPerBlock + r, p.num_experts - 1);
+        const auto* row = reinterpret_cast<const float4*>(p.router_weight + (int64_t)expert * p.hidden_size);
+        weight[r][i] = inside ? __ldg(row + v) : float4{};
+      }
+      norm[i] = {1.0f, 1.0f, 1.0f, 1.0f};
+      if (p.norm_weight != nullptr && inside)
+        norm[i] = __ldg(reinterpret_cast<const float4*>(p.norm_weight) + v);
+    }
+  }
+};
+
+// grid: experts / kRowsPerBlock. Workspace: [N, E] words. kBatch tokens at a time. Every block sends its
+// logits without the factor of the norm, which the block that chooses computes by itself.
 template <typename Hidden, int kBatch>
 __global__ void __launch_bounds__(kRouterThreads) router_few_kernel(const __grid_constant__ RouterParams p) {
   __shared__ ChoiceScratch scratch;
-  __shared__ float partial[kRouterFewTokens][kRouterThreads / 32][2];
-  const int half = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
-  const int expert = min((int)blockIdx.x * 2 + half, p.num_experts - 1);
+  __shared__ float partial[kRouterFewTokens][kRouterWarps]
+                          [kRowsPerBlock + 1];  // dot products, sum of squares
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int vectors = p.hidden_size / 4;
-  const auto* row = reinterpret_cast<const float4*>(p.router_weight + (int64_t)expert * p.hidden_size);
-  const auto* norm = reinterpret_cast<const float4*>(p.norm_weight);
-  const bool ranks = ranks_serve(p);
+  const bool ranks = ranks_serve(p), norm = p.norm_weight != nullptr;
+  const Candidate candidate(p);
+  RowParts rows;
+  rows.load(p, 0);
   float bias = 0.0f;
-  if (ranks && (int)blockIdx.x < p.tokens && (int)threadIdx.x < p.num_experts)
-    bias = __ldg(p.expert_bias + threadIdx.x);
-  float4 ahead[kRowPrefetch];
-#pragma unroll
-  for (int i = 0; i < kRowPrefetch; ++i) {
-    const int v = lane + i * kRowThreads;
-    ahead[i] = v < vectors ? __ldg(row + v) : float4{};
-    if (norm != nullptr && v < vectors) ahead[i] = times4(ahead[i], __ldg(norm + v));
-  }
+  if (ranks && (int)blockIdx.x < p.tokens && thread < p.num_experts) bias = __ldg(p.expert_bias + thread);
   allow_next_kernel();
   wait_for_previous_kernel();
   for (int first = 0; first < p.tokens; first += kBatch) {
-    float dot[kBatch] = {}, squares[kBatch] = {};
-    // All loads of kRowPrefetch vectors first. Past the end of the row: the last vector, times 0.
-    for (int base = 0; base < vectors; base += kRowPrefetch * kRowThreads) {
-      float4 x[kRowPrefetch][kBatch];
+    float dot[kBatch][kRowsPerBlock] = {}, squares[kBatch] = {};
+    for (int base = 0; base < vectors; base += kRowVectors * kRouterThreads) {
+      float4 x[kBatch][kRowVectors];
 #pragma unroll
-      for (int i = 0; i < kRowPrefetch; ++i) {
-        const int v = min(base + lane + i * kRowThreads, vectors - 1);
+      for (int t = 0; t < kBatch; ++t) {
+        const int64_t start = (int64_t)min(first + t, p.tokens - 1) * p.hidden_size;
 #pragma unroll
-        for (int t = 0; t < kBatch; ++t) {
-          const int token = min(first + t, p.tokens - 1);
-          x[i][t] = load_hidden4<Hidden>(p.hidden, (int64_t)token * p.hidden_size + v * 4);
+        for (int i = 0; i < kRowVectors; ++i) {
+          const int v = base + i * kRouterThreads + thread;
+          x[t][i] = v < vectors ? load_hidden4<Hidden>(p.hidden, start + v * 4) : float4{};
         }
       }
+      if (base > 0 || (first > 0 && vectors > kRowVectors * kRouterThreads)) rows.load(p, base);
 #pragma unroll
-      for (int i = 0; i < kRowPrefetch; ++i) {
-        const int v = base + lane + i * kRowThreads;
-        if (base > 0 || (first > 0 && vectors > kRowPrefetch * kRowThreads)) {
-          ahead[i] = v < vectors ? __ldg(row + v) : float4{};
-          if (norm != nullptr && v < vectors) ahead[i] = times4(ahead[i], __ldg(norm + v));
-        }
+      for (int t = 0; t < kBatch; ++t) {
 #pragma unroll
-        for (int t = 0; t < kBatch; ++t) {
-          dot[t] = dot4(x[i][t], ahead[i], dot[t]);
-          squares[t] = v < vectors ? dot4(x[i][t], x[i][t], squares[t]) : squares[t];
+        for (int i = 0; i < kRowVectors; ++i) {
+          squares[t] = dot4(x[t][i], x[t][i], squares[t]);
+          const float4 scaled = norm ? times4(x[t][i], rows.norm[i]) : x[t][i];
+#pragma unroll
+          for (int r = 0; r < kRowsPerBlock; ++r) dot[t][r] = dot4(scaled, rows.weight[r][i], dot[t][r]);
         }
       }
     }
 #pragma unroll
     for (int t = 0; t < kBatch; ++t) {
-      dot[t] = warp_sum(dot[t]);
-      squares[t] = warp_sum(squares[t]);
-      if (threadIdx.x % 32 == 0 && first + t < p.tokens) {
-        partial[first + t][threadIdx.x / 32][0] = dot[t];
-        partial[first + t][threadIdx.x / 32][1] = squares[t];
+      if (first + t >= p.tokens) break;
+      const float sum = fold_warp<kRowsPerBlock / 2, 16>(dot[t]);
+      constexpr int kLanes = 32 / kRowsPerBlock;  // that have the same sum
+      if (lane % kLanes == 0) partial[first + t][warp][lane / kLanes] = sum;
+      if (norm && (first + t == (int)blockIdx.x || first + t >= (int)gridDim.x)) {
+        const float all = warp_sum(squares[t]);
+        if (lane == 0) partial[first + t][warp][kRowsPerBlock] = all;
       }
     }
   }
   __syncthreads();
   auto* words = static_cast<unsigned long long*>(p.workspace);
-  if ((int)threadIdx.x < 2 * p.tokens) {
-    const int token = threadIdx.x / 2, which = threadIdx.x % 2;
-    float dot = 0.0f, squares = 0.0f;
+  auto sum_of = [&](int token, int value) {
+    float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kRowThreads / 32; ++w) {
-      dot += partial[token][which * (kRowThreads / 32) + w][0];
-      squares += partial[token][which * (kRowThreads / 32) + w][1];
-    }
-    if (norm != nullptr) dot *= rsqrtf(squares / p.hidden_size + p.norm_eps);
-    const int target = blockIdx.x * 2 + which;
-    if (target < p.num_experts) post_logit(words + (int64_t)token * p.num_experts + target, dot);
+    for (int w = 0; w < kRouterWarps; ++w) sum += partial[token][w][value];
+    return sum;
+  };
+  for (int i = thread; i < kRowsPerBlock * p.tokens; i += kRouterThreads) {
+    const int token = i / kRowsPerBlock, expert = blockIdx.x * kRowsPerBlock + i % kRowsPerBlock;
+    if (expert < p.num_experts)
+      post_logit(words + (int64_t)token * p.num_experts + expert, sum_of(token, i % kRowsPerBlock));
   }
   // Any grid has at least one block, and blocks that wait are the first: the others can always run.
   for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
+    const float factor = norm ? rsqrtf(sum_of(token, kRowsPerBlock) / p.hidden_size + p.norm_eps) : 1.0f;
     unsigned long long* slots = words + (int64_t)token * p.num_experts;
-    auto logit = [&](int e) { return await_logit(slots + e); };
     if (ranks) {
-      choose_by_rank(p, token, scratch, bias, logit);
+      const float logit = thread < p.num_experts ? await_logit(slots + thread) * factor : 0.0f;
+      choose_by_rank(p, token, scratch, bias, logit, candidate);
     } else {
-      choose_experts(p, token, scratch, logit);
+      choose_experts(p, token, scratch, [&](int e) { return await_logit(slots + e) * factor; });
     }
     __syncthreads();
   }
@@ -292,6 +331,7 @@ __global__ void __launch_bounds__(kRouterThreads)
   const int token = blockIdx.x;
   const bool ranks = ranks_serve(p);
   const float bias = ranks && (int)threadIdx.x < p.num_experts ? __ldg(p.expert_bias + threadIdx.x) : 0.0f;
+  const Candidate candidate(p);
   allow_next_kernel();
   wait_for_previous_kernel();
   float factor = 1.0f;
@@ -309,7 +349,8 @@ __global__ void __launch_bounds__(kRouterThreads)
     return sum * factor;
   };
   if (ranks) {
-    choose_by_rank(p, token, scratch, bias, logit);
+    choose_by_rank(p, token, scratch, bias, (int)threadIdx.x < p.num_experts ? logit(threadIdx.x) : 0.0f,
+                   candidate);
   } else {
     choose_experts(p, token, scratch, logit);
   }

@@ -13,8 +13,7 @@ constexpr int kThreads = 256;
 bool is_half(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
 // Where a head of a token goes in a cache; null if it is not cached.
-template <typename T>
-__device__ __forceinline__ char* cache_place(const QkNormRotaryParams& p, T* cache, int token, int head,
+__device__ __forceinline__ char* cache_place(const QkNormRotaryParams& p, void* cache, int token, int head,
                                              int position, int column) {
   if (cache == nullptr) return nullptr;
   const int slot = p.slots[token];
@@ -31,36 +30,46 @@ __device__ __forceinline__ void store_cached(const QkNormRotaryParams& p, char* 
     *reinterpret_cast<uint4*>(place) = pack_half(x, p.cache_dtype);
 }
 
-// One lane per octet: 8 or 16 neighbouring lanes hold a head. Heads of a token: queries, keys, values (if
-// cached).
-template <int kHeadLanes>
-__global__ void __launch_bounds__(kThreads)
-    qk_norm_rotary_kernel(const __grid_constant__ QkNormRotaryParams p) {
-  const int cached_values = p.value_cache != nullptr ? p.num_kv_heads : 0;
-  const int heads = p.num_heads + p.num_kv_heads + cached_values;
-  const int64_t item = (int64_t)blockIdx.x * (kThreads / kHeadLanes) + threadIdx.x / kHeadLanes;
-  const int token = (int)(item / heads), head = (int)(item % heads);
-  const int octet = threadIdx.x % kHeadLanes, column = octet * kOctet;
-  const bool is_query = head < p.num_heads, is_value = head >= p.num_heads + p.num_kv_heads;
-  allow_next_kernel();
+// Heads of a token: queries, keys, values (if cached). 8 or 16 neighbouring lanes hold a head, an octet each,
+// and work on kHeadBatch heads of one token, so that the loads of all are under way at once and rotation and
+// norms are read once.
+constexpr int kHeadBatch = 4;
 
-  float norm[kOctet] = {};
-  if (!is_value) load_octet(is_query ? p.query_norm : p.key_norm, column, DType::kFloat32, norm);
-  wait_for_previous_kernel();
+__host__ __device__ __forceinline__ int heads_of(const QkNormRotaryParams& p) {
+  return p.num_heads + p.num_kv_heads + (p.value_cache != nullptr ? p.num_kv_heads : 0);
+}
 
-  const int position = token < p.tokens ? p.position[token] : -1;
-  const bool inside = position >= 0;
-  const int kv_head = is_value ? head - p.num_heads - p.num_kv_heads : head - p.num_heads;
-  void* base = is_query ? p.query : is_value ? const_cast<void*>(p.value) : p.key;
-  const int64_t index = token * p.row_stride + (is_query ? head : kv_head) * p.head_dim + column;
-  float x[kOctet] = {};
-  if (inside) load_octet(base, index, p.dtype, x);
-  if (is_value) {
-    char* place = inside ? cache_place(p, p.value_cache, token, kv_head, position, column) : nullptr;
-    if (place != nullptr) store_cached(p, place, p.value_scale, x);
+// Cosines and sines of a lane's octet; lanes that are not rotated get 1 and 0.
+struct Rotation {
+  float cosine[kOctet], sine[kOctet];
+  int partner;  // lane that holds the other half of each pair
+
+  // Column j of the first half of the rotated part is paired with column j of the second half.
+  template <int kHeadLanes>
+  __device__ __forceinline__ static Rotation of(const QkNormRotaryParams& p, int octet, int position) {
+    Rotation found;
+    const int half_octets = p.rotary_dim / 2 / kOctet, lane = threadIdx.x % 32;
+    const bool rotated = octet < 2 * half_octets, second = octet >= half_octets;
+    const int low = second ? octet - half_octets : octet;
+    found.partner = rotated ? (lane & ~(kHeadLanes - 1)) + (second ? low : octet + half_octets) : lane;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) found.cosine[i] = 1.0f, found.sine[i] = 0.0f;
+    if (!rotated || position < 0) return found;
+    const int64_t row = (int64_t)position * (p.rotary_dim / 2) + low * kOctet;
+    load_octet(p.rotary_cos, row, DType::kFloat32, found.cosine);
+    load_octet(p.rotary_sin, row, DType::kFloat32, found.sine);
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) found.sine[i] = second ? found.sine[i] : -found.sine[i];
+    return found;
   }
+};
 
-  float squares = 0.0f;
+// SiLU, norm and rotation of one head; all lanes of a warp call this together.
+template <int kHeadLanes>
+__device__ __forceinline__ void norm_and_rotate(const QkNormRotaryParams& p, const Rotation& rotation,
+                                                const float* norm, int column, float (&x)[kOctet]) {
+  float weight[kOctet], squares = 0.0f;
+  load_octet(norm, column, DType::kFloat32, weight);
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) {
     if (p.silu) x[i] *= sigmoid(x[i]);
@@ -69,32 +78,59 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int offset = kHeadLanes / 2; offset > 0; offset /= 2)
     squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-  const float factor = 1.0f / sqrtf(squares / (kHeadLanes * kOctet) + p.norm_eps);
+  const float factor = rsqrtf(squares / (kHeadLanes * kOctet) + p.norm_eps);
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) x[i] *= factor * norm[i];
-
-  // Column j of the first half of the rotated part is paired with column j of the second half.
-  const int half_octets = p.rotary_dim / 2 / kOctet;
-  const bool rotated = octet < 2 * half_octets, second = octet >= half_octets;
-  const int partner =
-      (threadIdx.x % 32 & ~(kHeadLanes - 1)) + (second ? octet - half_octets : octet + half_octets);
-  float cosine[kOctet] = {}, sine[kOctet] = {};
-  if (inside && rotated && !is_value) {
-    const int64_t row =
-        (int64_t)position * (p.rotary_dim / 2) + (second ? octet - half_octets : octet) * kOctet;
-    load_octet(p.rotary_cos, row, DType::kFloat32, cosine);
-    load_octet(p.rotary_sin, row, DType::kFloat32, sine);
-  }
+  for (int i = 0; i < kOctet; ++i) x[i] *= factor * weight[i];
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) {
-    const float other = __shfl_sync(0xffffffffu, x[i], rotated ? partner : threadIdx.x % 32);
-    if (rotated) x[i] = x[i] * cosine[i] + (second ? other : -other) * sine[i];
+    const float other = __shfl_sync(0xffffffffu, x[i], rotation.partner);
+    x[i] = x[i] * rotation.cosine[i] + other * rotation.sine[i];
   }
-  if (!inside || is_value) return;
-  store_octet(base, index, p.dtype, x);
-  if (is_query) return;
-  char* place = cache_place(p, p.key_cache, token, kv_head, position, column);
-  if (place != nullptr) store_cached(p, place, p.key_scale, x);
+}
+
+template <int kHeadLanes>
+__global__ void __launch_bounds__(kThreads, 4)
+    qk_norm_rotary_kernel(const __grid_constant__ QkNormRotaryParams p) {
+  const int heads = heads_of(p), batches = (heads + kHeadBatch - 1) / kHeadBatch;
+  const unsigned item = blockIdx.x * (kThreads / kHeadLanes) + threadIdx.x / kHeadLanes;
+  const int token = item / (unsigned)batches, first = item % (unsigned)batches * kHeadBatch;
+  const int octet = threadIdx.x % kHeadLanes, column = octet * kOctet;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+
+  const int position = token < p.tokens ? p.position[token] : -1;
+  const int count = position >= 0 ? min(heads - first, kHeadBatch) : 0;
+  const int values = p.num_heads + p.num_kv_heads;  // the first of them
+  const auto local = [&](int head) {
+    return head < p.num_heads ? head : head - (head < values ? p.num_heads : values);
+  };
+  const auto base = [&](int head) {
+    return head < p.num_heads ? p.query : head < values ? p.key : const_cast<void*>(p.value);
+  };
+  const int64_t row = token * p.row_stride + column;
+  RawOctet raw[kHeadBatch];
+#pragma unroll
+  for (int i = 0; i < kHeadBatch; ++i) {
+    raw[i].low = raw[i].high = make_uint4(0, 0, 0, 0);
+    if (i < count) raw[i].low = load_raw(base(first + i), row + local(first + i) * p.head_dim, p.dtype).low;
+  }
+  const Rotation rotation = Rotation::of<kHeadLanes>(p, octet, position);
+
+#pragma unroll
+  for (int i = 0; i < kHeadBatch; ++i) {
+    const int head = first + i;
+    const bool is_query = head < p.num_heads, is_value = head >= values;
+    float x[kOctet];
+    unpack(raw[i], p.dtype, x);
+    norm_and_rotate<kHeadLanes>(p, rotation, is_query ? p.query_norm : p.key_norm, column, x);
+    if (i >= count) continue;
+    if (!is_value) store_octet(base(head), row + local(head) * p.head_dim, p.dtype, x);
+    if (is_query) continue;
+    if (is_value) unpack(raw[i], p.dtype, x);
+    void* cache = is_value ? p.value_cache : p.key_cache;
+    char* to = cache_place(p, cache, token, local(head), position, column);
+    if (to != nullptr) store_cached(p, to, is_value ? p.value_scale : p.key_scale, x);
+  }
 }
 
 Status validate_cache(const QkNormRotaryParams& params) {
@@ -153,11 +189,10 @@ size_t workspace_bytes(const QkNormRotaryParams&) { return 0; }
 Status launch(const QkNormRotaryParams& params, Stream stream) {
   RING_RETURN_IF_ERROR(validate(params));
   if (params.tokens == 0) return Status{};
-  const int cached_values = params.value_cache != nullptr ? params.num_kv_heads : 0;
-  const int64_t heads = (int64_t)params.tokens * (params.num_heads + params.num_kv_heads + cached_values);
+  const int64_t batches = (int64_t)params.tokens * ((heads_of(params) + kHeadBatch - 1) / kHeadBatch);
   const int per_block = kThreads / (params.head_dim / kOctet);
   LaunchShape shape;
-  shape.grid = dim3((unsigned)((heads + per_block - 1) / per_block));
+  shape.grid = dim3((unsigned)((batches + per_block - 1) / per_block));
   shape.block = dim3(kThreads);
   shape.stream = stream;
   shape.programmatic = params.programmatic_launch != 0;

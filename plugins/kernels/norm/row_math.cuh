@@ -142,7 +142,7 @@ __device__ __forceinline__ float block_max(float value) {
   return value;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 // How a row's sums are gathered: every `width` neighbouring octets (lanes) leave one partial result in shared
 // memory, and `per_group` of them make up a norm group. One fixed order of sums: results do not depend on

@@ -9,6 +9,7 @@
 namespace ringkernels {
 
 struct DeviceLimits {
+  int major;  // of the compute capability
   int multiprocessors;
   int shared_bytes;      // that a block may ask for
   int shared_bytes_all;  // of a multiprocessor

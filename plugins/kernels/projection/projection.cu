@@ -1,12 +1,14 @@
 // Checks, the plan of a launch, and the choice of an instantiation.
 #include "common/check.h"
+#include "projection/hopper.h"
 #include "projection/kernel.cuh"
+#include "projection/large.h"
 #include "ringkernels/projection.h"
 
 namespace ringkernels {
 namespace {
 
-constexpr int kMaxTokens = 64;
+constexpr int kMaxTokens = kMaxSmallRows;
 
 bool is_half(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
@@ -109,11 +111,12 @@ Status device_limits(DeviceLimits* limits) {
   int device = 0;
   RING_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device)));
   RING_RETURN_IF_ERROR(
+      cuda_status(cudaDeviceGetAttribute(&limits->major, cudaDevAttrComputeCapabilityMajor, device)));
+  RING_RETURN_IF_ERROR(
       cuda_status(cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device)));
   RING_RETURN_IF_ERROR(cuda_status(cudaDeviceGetAttribute(
       &limits->shared_bytes_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)));
-  return cuda_status(
-      cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return cuda_status(shared_bytes_per_block(device, &limits->shared_bytes));
 }
 
 }  // namespace
@@ -150,7 +153,7 @@ bool make_plan(const ProjectionParams& params, const DeviceLimits& limits, Proje
 }
 
 Status validate(const ProjectionParams& params) {
-  RING_REQUIRE(params.m >= 1 && params.m <= kMaxTokens, kBadShape, "m", "1 to 64", params.m);
+  RING_REQUIRE(params.m >= 1, kBadShape, "m", "1 or more", params.m);
   RING_REQUIRE(params.n >= 16 && params.n % 16 == 0, kBadShape, "n", "a multiple of 16", params.n);
   RING_REQUIRE(params.k >= 64 && params.k % 64 == 0, kBadShape, "k", "a multiple of 64", params.k);
   RING_REQUIRE_POINTER(params, weight);
@@ -169,15 +172,20 @@ Status validate(const ProjectionParams& params) {
                "output_dtype", "bfloat16, float16 or float32", params.output_dtype);
   RING_REQUIRE(params.output_row_stride >= params.n, kBadShape, "output_row_stride", "at least n",
                params.output_row_stride);
-  return Status{};
+  return params.m > kMaxSmallRows ? validate_large_projection(params) : Status{};
 }
 
-size_t workspace_bytes(const ProjectionParams&) { return 0; }
+size_t workspace_bytes(const ProjectionParams& params) {
+  return params.m > kMaxSmallRows ? large_projection_workspace_bytes(params) : 0;
+}
 
 Status launch(const ProjectionParams& params, Stream stream) {
   RING_RETURN_IF_ERROR(validate(params));
+  if (params.m > kMaxSmallRows) return launch_large_projection(params, stream);
   DeviceLimits limits = {};
   RING_RETURN_IF_ERROR(device_limits(&limits));
+  if (hopper_projection_serves(params, limits.major, limits.multiprocessors))
+    return launch_hopper_projection(params, limits.multiprocessors, stream);
   ProjectionPlan plan = {};
   RING_REQUIRE(make_plan(params, limits, &plan), kUnsupported, "k", "an input that fits in shared memory",
                params.k);

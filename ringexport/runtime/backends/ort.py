@@ -1,15 +1,10 @@
-"""ONNX Runtime: one graph for prefill and decode, with the state updated in place.
+"""ONNX Runtime on the CPU: one graph for prefill and decode, with the state updated in place.
 
 The state is numpy memory that is bound by pointer as input and as output of each call, so a step
 copies nothing but its logits. Rows are contiguous in every state array: a call for some of the
 rows binds the address of their first element.
-
-GroupQueryAttention on the CPU limits how rows may share a call: several tokens on top of cached
-ones need a call of one row; fresh rows, or one token per row, may be ragged.
 """
 
-import logging
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,85 +13,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ringexport.errors import (
-    BackendUnavailableError,
-    BundleError,
-    RingExportError,
-    ShapeError,
+from ringexport.runtime.backends.ort_base import OrtRunnerBase
+from ringexport.runtime.backends.ort_session import (
+    STATE_TENSORS,
+    Binding,
+    OrtOptions,
+    Session,
+    element_type,
+    run_bound,
 )
-from ringexport.runtime.onnxruntime_import import import_onnxruntime
-from ringexport.runtime.runner import (
-    DEFAULT_PREFILL_CHUNK,
-    BaseRunner,
-    Logits,
-    RunnerSpec,
-    Tokens,
-    memory_guard,
-)
-from ringexport.runtime.state import BaseState, StateLayout, StateSnapshot
-
-try:
-    onnxruntime = import_onnxruntime()
-    from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
-except ImportError as error:  # pragma: no cover - the tests' environment has it
-    raise BackendUnavailableError(
-        f"the onnxruntime backend needs the package onnxruntime: {error}",
-        hint="pip install 'ringexport[ort]'",
-    ) from error
+from ringexport.runtime.runner import Logits, Tokens
+from ringexport.runtime.state import BaseState, StateSnapshot
 
 __all__ = ["OrtOptions", "OrtRunner", "OrtState"]
 
-log = logging.getLogger(__name__)
-
 Array = npt.NDArray[Any]
-Session = Any  # onnxruntime.InferenceSession, which has no type information
-Binding = Any  # onnxruntime.IOBinding
 
 FIRST_CAPACITY = 256
 """Tokens that the KV cache of a new state can hold before it grows by doubling."""
-MAX_PADDED_TOKENS = 8192
-"""Tokens, padding included, of one call with several rows; more rows go one by one."""
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-}
-ORT_ERRORS = tuple(
-    getattr(ort_errors, name)
-    for name in (
-        "EPFail",
-        "EngineError",
-        "Fail",
-        "InvalidArgument",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "NoModel",
-        "NoSuchFile",
-        "NotImplemented",
-        "RuntimeException",
-    )
-)
-STATE_TENSORS = {"past_state": "present_state", "past_key": "present_key"} | {
-    "past_value": "present_value"
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OrtOptions:
-    """How onnxruntime runs the graph.
-
-    Attributes:
-        provider: execution provider, "cpu" or "cuda".
-        threads: threads per operation, None for one per physical core.
-        spin: let idle threads wait busily, which is faster but keeps the cores loaded.
-        prefill_chunk: tokens per row and call.
-    """
-
-    provider: str = "cpu"
-    threads: int | None = None
-    spin: bool = True
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
 
 
 class OrtState(BaseState):
@@ -122,7 +56,7 @@ class OrtState(BaseState):
             dtype = owner.dtypes[f"past_key.{layer}"]
             shape = (batch, heads, self.capacity, size)
             self.kv_cache[layer] = (np.zeros(shape, dtype=dtype), np.zeros(shape, dtype=dtype))
-        self.decode_call: _DecodeCall | None = None
+        self.decode_call: _Call | None = None
 
     @property
     def nbytes(self) -> int:
@@ -202,30 +136,28 @@ class OrtState(BaseState):
 
 
 @dataclass(slots=True)
-class _DecodeCall:
-    """A decode step of one state, bound once: only tokens and positions change."""
+class _Call:
+    """A call bound to host memory; a decode step is bound once, only its inputs change."""
 
     rows: slice
+    session: Session
     binding: Binding
-    tokens: npt.NDArray[np.int64]
-    position: npt.NDArray[np.int32]
+    inputs: dict[str, Array]
     logits: Logits
-    constants: tuple[Array, ...]
+
+    def run(self) -> Logits:
+        """See `BoundCall`."""
+        run_bound(self.session, self.binding)
+        return self.logits
+
+    def refresh(self, tokens: Tokens, position: npt.NDArray[np.int64]) -> None:
+        """See `BoundCall`."""
+        self.inputs["tokens"][:, 0] = tokens
+        self.inputs["position"][:] = position
 
 
-class OrtRunner(BaseRunner[OrtState]):
-    """Runs model.onnx of a bundle's target.
-
-    Args:
-        directory: holds model.onnx, its external data, and probe.onnx.
-        context_length: tokens that a row can hold.
-        model_digest: see `BaseRunner`.
-        options: how to run it.
-
-    Raises:
-        BackendUnavailableError: this onnxruntime has no such execution provider.
-        BundleError: the graph cannot be loaded, or is no graph of ringexport.
-    """
+class OrtRunner(OrtRunnerBase[OrtState]):
+    """Runs model.onnx of a bundle's target on the CPU; arguments and errors as of the base."""
 
     def __init__(
         self,
@@ -235,123 +167,36 @@ class OrtRunner(BaseRunner[OrtState]):
         model_digest: Callable[[], str],
         options: OrtOptions | None = None,
     ) -> None:
-        options = options or OrtOptions()
-        self._options = options
-        self._directory = directory
-        _check_provider(options.provider)
-        self._session: Session = _open_session(directory / "model.onnx", options)
-        self._probe_session: Session = None
-        self.dtypes, layout = _state_inputs(self._session)
-        outputs = {output.name: output.shape for output in self._session.get_outputs()}
-        vocab_size = outputs.get("logits", [None])[-1]
-        if not isinstance(vocab_size, int):
-            raise BundleError(f"{directory / 'model.onnx'} has no output logits of known width")
-        spec = RunnerSpec(
-            name=f"onnxruntime:{options.provider}",
-            vocab_size=vocab_size,
+        super().__init__(
+            directory,
             context_length=context_length,
-            layout=layout,
-            prefill_chunk=options.prefill_chunk,
+            model_digest=model_digest,
+            options=options or OrtOptions(),
         )
-        super().__init__(spec, model_digest)
-
-    def probe(
-        self, tokens: npt.ArrayLike, lengths: npt.ArrayLike | None, state: OrtState
-    ) -> dict[str, npt.NDArray[np.generic]]:
-        """Feed tokens like `prefill` and return what the layers computed; see `ProbeRunner`.
-
-        Raises:
-            ShapeError, ContextLengthError: as for `prefill`; also T beyond prefill_chunk.
-            BundleError: probe.onnx cannot be loaded.
-        """
-        ids, sizes = self._check_tokens(tokens, lengths, self._check_state(state))
-        batch, width = ids.shape
-        if width > self.spec.prefill_chunk:
-            raise ShapeError(
-                f"{width} tokens per row were given, a probe takes {self.spec.prefill_chunk}",
-                hint="probe several calls of fewer tokens",
-            )
-        if self._probe_session is None:
-            self._probe_session = _open_session(self._directory / "probe.onnx", self._options)
-        state.reserve(int((state.position + sizes).max()))
-        found: dict[str, Array] = {}
-        for row in np.flatnonzero(sizes):
-            rows, length = slice(row, row + 1), int(sizes[row])
-            index = np.arange(length)[None]
-            call = self._bind(self._probe_session, state, rows, ids[rows, :length], index)
-            names = [output.name for output in self._probe_session.get_outputs()]
-            extra = [name for name in names if name.startswith(("hidden.", "expert_ids."))]
-            for name in extra:
-                call.binding.bind_output(name)
-            _run(self._probe_session, call.binding)
-            state.position[row] += length
-            values = dict(zip(names, call.binding.get_outputs(), strict=True))
-            parts = {name: values[name].numpy() for name in extra} | {"logits": call.logits}
-            for name, part in parts.items():
-                fill = -1 if name.startswith("expert_ids.") else 0
-                whole = np.full((batch, width, part.shape[-1]), fill, dtype=part.dtype)
-                found.setdefault(name, whole)[rows, :length] = part
-        return found
 
     def _new_state(self, batch: int) -> OrtState:
         return OrtState(self, batch)
 
-    def _prefill_chunk(
-        self, tokens: Tokens, lengths: Tokens, state: OrtState, every_position: bool
-    ) -> Logits:
-        batch, width = tokens.shape
-        vocab = self.spec.vocab_size
-        state.reserve(int((state.position + lengths).max()))
-        shape = (batch, width, vocab) if every_position else (batch, 1, vocab)
-        result: Logits = np.zeros(shape, dtype=np.float32)
-        for rows in _groups(lengths, state.position):
-            sizes = lengths[rows]
-            longest = int(sizes.max())
-            index = (
-                np.tile(np.arange(longest), (len(sizes), 1))
-                if every_position
-                else sizes[:, None] - 1
-            )
-            call = self._bind(self._session, state, rows, tokens[rows, :longest], index, sizes)
-            _run(self._session, call.binding)
-            state.position[rows] += sizes
-            result[rows, : index.shape[1]] = call.logits
-        if every_position:
-            result[np.arange(width) >= lengths[:, None]] = 0
-            return result
-        return result[:, 0]
+    def _reserve(self, state: OrtState, tokens: int) -> None:
+        state.reserve(tokens)
 
-    def _decode(self, tokens: Tokens, state: OrtState) -> Logits:
-        return self._decode_slice(tokens, state, slice(0, state.batch))
-
-    def _decode_rows(self, tokens: Tokens, state: OrtState, rows: list[int]) -> Logits:
-        if rows != list(range(rows[0], rows[0] + len(rows))):
-            return super()._decode_rows(tokens, state, rows)
-        return self._decode_slice(tokens, state, slice(rows[0], rows[0] + len(rows)))
-
-    def _decode_slice(self, tokens: Tokens, state: OrtState, rows: slice) -> Logits:
-        state.reserve(int(state.position[rows].max()) + 1)
+    def _decode_call(self, state: OrtState, rows: slice) -> _Call:
         call = state.decode_call
         if call is None or call.rows != rows:
-            index = np.zeros((len(tokens), 1), dtype=np.int64)
-            call = self._bind(self._session, state, rows, tokens[:, None], index)
-            state.decode_call = call
-        call.tokens[:, 0] = tokens
-        call.position[:] = state.position[rows]
-        _run(self._session, call.binding)
-        state.position[rows] += 1
-        return call.logits[:, 0].copy()
+            tokens = np.zeros((rows.stop - rows.start, 1), dtype=np.int64)
+            call = state.decode_call = self._bind(state, rows, tokens, np.zeros_like(tokens))
+        return call
 
     def _bind(
         self,
-        session: Session,
         state: OrtState,
         rows: slice,
         tokens: Tokens,
         logits_index: Tokens,
         lengths: Tokens | None = None,
-    ) -> _DecodeCall:
-        """Bind a call for contiguous rows; lengths None means that no row is padded."""
+        *,
+        probes: dict[str, Array] | None = None,
+    ) -> _Call:
         batch, width = tokens.shape
         sizes = np.full(batch, width) if lengths is None else lengths
         inputs: dict[str, Array] = {
@@ -362,123 +207,19 @@ class OrtRunner(BaseRunner[OrtState]):
         }
         shape = (batch, logits_index.shape[1], self.spec.vocab_size)
         logits: Logits = np.empty(shape, dtype=np.float32)
+        session = self._session if probes is None else self._probe_session
         binding = session.io_binding()
         for name, array in inputs.items():
-            _bind_input(binding, name, array)
-        _bind_output(binding, "logits", logits)
+            _bind(binding.bind_input, name, array)
+        for name, array in {"logits": logits, **(probes or {})}.items():
+            _bind(binding.bind_output, name, array)
         for name, array in state.arrays():
             kind, layer = name.split(".")
             part = array[rows]
-            _bind_input(binding, name, part)
-            _bind_output(binding, f"{STATE_TENSORS[kind]}.{layer}", part)
-        return _DecodeCall(
-            rows=rows,
-            binding=binding,
-            tokens=inputs["tokens"],
-            position=inputs["position"],
-            logits=logits,
-            constants=(inputs["lengths"], inputs["logits_index"]),
-        )
-
-    def _close(self) -> None:
-        self._session = None
-        self._probe_session = None
+            _bind(binding.bind_input, name, part)
+            _bind(binding.bind_output, f"{STATE_TENSORS[kind]}.{layer}", part)
+        return _Call(rows, session, binding, inputs, logits)
 
 
-def _groups(lengths: Tokens, position: Tokens) -> list[slice]:
-    """Split rows into contiguous groups that may share a call; rows of length 0 are in none."""
-    active = np.flatnonzero(lengths)
-    longest = int(lengths.max())
-    padded = len(lengths) * longest
-    together = (
-        len(active) == len(lengths)
-        and (longest == 1 or not position.any())
-        and padded <= min(MAX_PADDED_TOKENS, 2 * int(lengths.sum()))
-    )
-    if together:
-        return [slice(0, len(lengths))]
-    return [slice(int(row), int(row) + 1) for row in active]
-
-
-def _bind_input(binding: Binding, name: str, array: Array) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def _bind_output(binding: Binding, name: str, array: Array) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def _run(session: Session, binding: Binding) -> None:
-    try:
-        session.run_with_iobinding(binding)
-    except (RuntimeError, *ORT_ERRORS) as error:
-        raise RingExportError(
-            f"onnxruntime failed in {_failed_node(str(error))}: {_first_line(str(error))}",
-            hint="the state of this call is lost; if it happens again, report it with the model",
-        ) from error
-
-
-def _failed_node(message: str) -> str:
-    """Return the node that an error of onnxruntime names."""
-    found = re.search(r"running (\S+) node\. Name:'([^']*)'", message)
-    return f"{found[1]} {found[2]!r}" if found else "the graph"
-
-
-def _first_line(message: str) -> str:
-    status = message.partition("Status Message:")[2] or message
-    return status.strip().splitlines()[0][:400] if status.strip() else "no reason given"
-
-
-def _check_provider(provider: str) -> None:
-    if provider not in PROVIDERS:
-        raise BackendUnavailableError(
-            f"onnxruntime has no provider {provider!r} here, expected {' or '.join(PROVIDERS)}"
-        )
-    if provider != "cpu":
-        raise BackendUnavailableError(
-            f"onnxruntime:{provider} cannot run yet: the state is kept in host memory",
-            hint="use the backend onnxruntime:cpu",
-        )
-
-
-def _open_session(path: Path, options: OrtOptions) -> Session:
-    """Load a graph; its external data lies beside it."""
-    settings = onnxruntime.SessionOptions()
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    settings.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    settings.intra_op_num_threads = options.threads or 0
-    settings.inter_op_num_threads = 1
-    settings.log_severity_level = 4  # errors are raised; stderr belongs to the command line
-    settings.add_session_config_entry(
-        "session.intra_op.allow_spinning", "1" if options.spin else "0"
-    )
-    try:
-        with memory_guard(f"the graph {path} and its weights"):
-            return onnxruntime.InferenceSession(
-                str(path), settings, providers=[PROVIDERS[options.provider]]
-            )
-    except ORT_ERRORS as error:
-        raise BundleError(
-            f"onnxruntime cannot load {path}: {_first_line(str(error))}",
-            hint="build the bundle again, or upgrade onnxruntime to the version in its manifest",
-        ) from error
-
-
-def _state_inputs(session: Session) -> tuple[dict[str, np.dtype[Any]], StateLayout]:
-    """Read the state's layout from the graph's inputs."""
-    dtypes: dict[str, np.dtype[Any]] = {}
-    recurrent: dict[int, tuple[int, int, int]] = {}
-    kv_cache: dict[int, tuple[int, int]] = {}
-    for entry in session.get_inputs():
-        kind, _, layer = entry.name.partition(".")
-        if kind not in STATE_TENSORS:
-            continue
-        if entry.type not in DTYPES or len(entry.shape) != 4 or not layer.isdigit():
-            raise BundleError(f"graph input {entry.name} is {entry.type} {entry.shape}")
-        dtypes[entry.name] = DTYPES[entry.type]
-        _, heads, middle, last = entry.shape
-        if kind == "past_state":
-            recurrent[int(layer)] = (heads, middle, last)
-        else:
-            kv_cache[int(layer)] = (heads, last)
-    return dtypes, StateLayout(recurrent=recurrent, kv_cache=kv_cache)
+def _bind(bind: Callable[..., None], name: str, array: Array) -> None:
+    bind(name, "cpu", 0, element_type(array.dtype), array.shape, array.ctypes.data)

@@ -72,7 +72,7 @@ def check_engine(directory: Path, target: EngineTarget, architecture: int | None
 
     Raises:
         BackendUnavailableError: no GPU, or one that the engine is not for.
-        BundleError: the engine is truncated, or its layer table is damaged.
+        BundleError: the engine is truncated or has no weights, or its layer table is damaged.
         VersionError: the plugin library is of another version.
     """
     if architecture not in target.architectures:
@@ -81,13 +81,19 @@ def check_engine(directory: Path, target: EngineTarget, architecture: int | None
             f"the engine is for {target.name}, and this machine has {here}",
             hint="build a bundle for this GPU, or use another target of the bundle",
         )
-    expected = read_table(directory / LAYERS_FILE).engine_bytes
+    table = read_table(directory / LAYERS_FILE)
+    expected = table.engine_bytes
     engine = directory / ENGINE_FILE
     found = engine.stat().st_size if engine.is_file() else 0
     if found != expected:
         raise BundleError(
             f"the engine {engine} has {found} bytes, expected {expected}",
             hint="copy the bundle again, or build it again",
+        )
+    if table.options.get("strip_plan"):
+        raise BundleError(
+            f"the engine {engine} was built without its weights (option strip_plan)",
+            hint="refit it in a program of your own, or build without the option",
         )
     library = PluginLibrary.read(directory / PLUGIN_LIBRARY_FILE)
     library.check()
@@ -183,6 +189,8 @@ class TrtRunner(BaseRunner[TrtState]):
         self._log = make_log(tensorrt)
         self._runtime = trt.Runtime(self._log)
         path = directory / ENGINE_FILE
+        if read_table(directory / LAYERS_FILE).options.get("version_compatible"):
+            self._runtime.engine_host_code_allowed = True  # such an engine brings a runtime along
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise BundleError(

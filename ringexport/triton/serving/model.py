@@ -50,7 +50,12 @@ class StreamingModel:
         self._engine = Engine.open(
             settings.bundle,
             settings.backend,
-            options=RunnerOptions(threads=settings.threads, spin=False, device=device),
+            options=RunnerOptions(
+                threads=settings.threads,
+                spin=False,
+                device=device,
+                max_batch=settings.max_batch,
+            ),
             verify=False,
         )
         options = BatchingOptions(

@@ -35,6 +35,7 @@ class DecodeStep:
         logits: [B, vocab] fp32.
         graph: what to replay.
         launches: kernels of plugins/ in the graph.
+        expert_ids: MoE layer -> [B, top_k] int32 chosen in the last replay.
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class DecodeStep:
     logits: Tensor
     graph: torch.cuda.CUDAGraph
     launches: int
+    expert_ids: dict[int, Tensor]
 
 
 class DecodeGraphs:
@@ -90,4 +92,6 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 run()
         self._pool = graph.pool()
-        return DecodeStep(tokens, slots, position, logits, graph, self._count() - before)
+        expert_ids = dict(self._network.expert_ids)
+        launches = self._count() - before
+        return DecodeStep(tokens, slots, position, logits, graph, launches, expert_ids)

@@ -3,6 +3,7 @@
 Shapes as in plugins/include/ringkernels; N tokens or rows, D hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,10 @@ class Kernels:
         device: of all tensors.
         norm_eps: of all norms.
         chained: kernels may start before the one before them has ended, and wait inside.
+
+    Attributes:
+        launches: so far.
+        before_launch: told op and fields of each launch, to see which layer it belongs to.
     """
 
     def __init__(
@@ -67,9 +72,12 @@ class Kernels:
         self._workspaces: dict[str, Tensor] = {}
         self._retired: list[Tensor] = []
         self.launches = 0
+        self.before_launch: Callable[[str, dict[str, Any]], None] | None = None
 
     def launch(self, op: str, **fields: Any) -> None:
         """Launch an op with its workspace, if it needs one."""
+        if self.before_launch is not None:
+            self.before_launch(op, fields)
         fields |= self._common
         if op in _WITH_WORKSPACE:
             self._add_workspace(op, fields)

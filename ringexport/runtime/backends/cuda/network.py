@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ringexport.checkpoint import RingConfig
+from ringexport.errors import ShapeError
 from ringexport.kernels.library import DType, Prologue
 from ringexport.runtime.backends.cuda.kernels import Activations, Kernels, Rotary
 from ringexport.runtime.backends.cuda.prefill_attention import attend
@@ -52,6 +53,7 @@ class PackedRows:
         starts: [B] int32 first token of each row, prefill only.
         lengths: [B] int32 tokens of each row, prefill only.
         host_rows: (slot, position, start, length) of each row on the host, prefill only.
+        last_only: only the last token of each row has to leave the last layer, prefill only.
         max_context: upper bound of position + 1.
     """
 
@@ -63,6 +65,14 @@ class PackedRows:
     starts: Tensor | None = None
     lengths: Tensor | None = None
     host_rows: tuple[tuple[int, int, int, int], ...] = ()
+    last_only: bool = False
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """Index [B] int64 of the last token of each row, prefill only."""
+        assert self.starts is not None
+        assert self.lengths is not None
+        return (self.starts + self.lengths - 1).long()
 
 
 class Network:
@@ -88,7 +98,16 @@ class Network:
         self.expert_ids: dict[int, Tensor] = {}
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return the residual stream [N, D] fp32 of tokens [N] int64."""
+        """Return the residual stream [N, D] fp32 of tokens [N] int64.
+
+        Raises:
+            ShapeError: more tokens than one call takes.
+        """
+        if len(tokens) > _MAX_TOKENS:
+            raise ShapeError(
+                f"{len(tokens):,} tokens were given to one call, expected at most {_MAX_TOKENS:,}",
+                hint="lower prefill_chunk or prefill_tokens of CudaOptions",
+            )
         return torch.index_select(self._weights["embedding"], 0, tokens).float()
 
     def logits(self, residual: Tensor, out: Tensor) -> None:
@@ -104,8 +123,14 @@ class Network:
         else:
             product(source, head, out)
 
-    def choose(self, logits: Tensor, tokens: Tensor) -> None:
-        """Write the most likely token of each row of logits [N, vocab] to `tokens` [N] int64."""
+    def choose(self, logits: Tensor, tokens: Tensor, **parameters: Tensor) -> None:
+        """Write a token for each row of logits [N, vocab] to `tokens` [N] int64.
+
+        Args:
+            logits: fp32.
+            tokens: written.
+            parameters: of the sample kernel, [N] each; without any the choice is greedy.
+        """
         self._kernels.launch(
             "sample",
             logits=logits,
@@ -113,6 +138,7 @@ class Network:
             row_stride=logits.stride(0),
             rows=len(logits),
             vocab_size=logits.shape[1],
+            **parameters,
         )
 
     def run(self, residual: Tensor, rows: PackedRows) -> None:
@@ -120,6 +146,8 @@ class Network:
         for layer in range(self.config.num_hidden_layers):
             if len(residual) <= self._crossovers.fused and rows.starts is None:
                 self._fused_layer(layer, residual, rows)
+            elif rows.last_only and layer == self.config.num_hidden_layers - 1:
+                self._last_layer(layer, residual, rows)
             else:
                 self._layer(layer, residual, rows)
 
@@ -155,13 +183,30 @@ class Network:
         self._experts(layer, residual, Activations(residual), fused=True)
 
     def _layer(self, layer: int, residual: Tensor, rows: PackedRows) -> None:
-        config, kernels = self.config, self._kernels
-        source, target = (self._matrix(layer, f"attention.{io}") for io in ("input", "output"))
-        normed = kernels.rms_norm(residual, self._vector(layer, "input_norm"), matrix=source)
-        mixed = self._product(normed, source)
+        mixed = self._mixed(layer, residual)
         decode = rows.starts is None
         attend = self._decode_attention if decode else self._prefill_attention
-        output = attend(layer, mixed, rows)
+        self._after_attention(layer, residual, mixed, attend(layer, mixed, rows))
+
+    def _last_layer(self, layer: int, residual: Tensor, rows: PackedRows) -> None:
+        """Run a layer that has to update its state with all tokens but to output only a few."""
+        wanted = rows.last_tokens
+        mixed = self._mixed(layer, residual)
+        output = self._prefill_attention(layer, mixed, rows, last_only=True)
+        some = residual[wanted]
+        self._after_attention(layer, some, mixed[wanted], output)
+        residual[wanted] = some
+
+    def _mixed(self, layer: int, residual: Tensor) -> Tensor:
+        """Return queries, keys, values (and gates) [N, ...] of a layer."""
+        source = self._matrix(layer, "attention.input")
+        norm = self._vector(layer, "input_norm")
+        return self._product(self._kernels.rms_norm(residual, norm, matrix=source), source)
+
+    def _after_attention(self, layer: int, residual: Tensor, mixed: Tensor, output: Tensor) -> None:
+        """Add the rest of a layer to the residual."""
+        config, kernels = self.config, self._kernels
+        target = self._matrix(layer, "attention.output")
         if config.is_linear_layer(layer):
             gate, weight = (
                 mixed[:, -config.linear_dim :],
@@ -238,6 +283,7 @@ class Network:
                 state=pool.recurrent_state[layer],
                 silu=int(config.linear_silu),
                 query_scale=config.softmax_scale,
+                state_settled=1,  # written by the step before
             )
             return output
         self._kernels.launch(
@@ -250,7 +296,10 @@ class Network:
         )
         return output
 
-    def _prefill_attention(self, layer: int, mixed: Tensor, rows: PackedRows) -> Tensor:
+    def _prefill_attention(
+        self, layer: int, mixed: Tensor, rows: PackedRows, *, last_only: bool = False
+    ) -> Tensor:
+        """Attend with all new tokens; returns [N, H * K], or [B, H * K] of the last of each row."""
         config, pool = self.config, self._pool
         linear = config.is_linear_layer(layer)
         heads = config.num_attention_heads
@@ -283,7 +332,7 @@ class Network:
             **cache,
         )
         if not linear:
-            return self._cached_attention(layer, mixed, rows)
+            return self._cached_attention(layer, mixed, rows, last_only=last_only)
         if config.linear_silu:
             part = mixed[:, 2 * config.linear_dim : 3 * config.linear_dim]
             part.copy_(torch.nn.functional.silu(part))
@@ -308,19 +357,22 @@ class Network:
             query_scale=config.softmax_scale,
             dtype=DType.BFLOAT16,
         )
-        return output
+        return output[rows.last_tokens] if last_only else output
 
-    def _cached_attention(self, layer: int, mixed: Tensor, rows: PackedRows) -> Tensor:
-        """Attend to cached and new tokens of each row; returns [N, H * K]."""
-        config = self.config
+    def _cached_attention(
+        self, layer: int, mixed: Tensor, rows: PackedRows, *, last_only: bool
+    ) -> Tensor:
+        """Attend to cached and new tokens of each row; returns [N, H * K] or [B, H * K]."""
+        config, parts = self.config, []
         shape = (len(mixed), config.num_attention_heads, config.head_dim)
         queries = mixed[:, : config.linear_dim].view(shape)
-        output, scale = mixed.new_empty(shape), self._vector(layer, "attention.kv_scale")
+        scale = self._vector(layer, "attention.kv_scale")
         for slot, position, start, length in rows.host_rows:
             keys, values = self._pool.cached(layer, slot, position + length, scale)
-            chunk = slice(start, start + length)
-            output[chunk] = attend(queries[chunk], keys, values, position, config.softmax_scale)
-        return output.view(len(mixed), config.linear_dim)
+            skipped = length - 1 if last_only else 0
+            some = queries[start + skipped : start + length]
+            parts.append(attend(some, keys, values, position + skipped, config.softmax_scale))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
     def _experts(self, layer: int, residual: Tensor, source: Activations, *, fused: bool) -> None:
         """Add the MLP of a layer to the residual; `source` is the normed input, or the residual."""

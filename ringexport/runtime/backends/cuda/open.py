@@ -23,12 +23,17 @@ __all__ = ["CudaOptions", "open_packed", "why_not_here"]
 
 
 def why_not_here(target: str, library: Path | None) -> tuple[str, str] | None:
-    """Return (reason, hint) if `target`, such as "cuda:sm_90", cannot run here, else None."""
+    """Return (reason, hint) if `target` cannot run here, else None.
+
+    Args:
+        target: such as "cuda:sm_90", or "cuda" for whichever GPU there is.
+        library: the kernel library, None for `DEFAULT_LIBRARY`.
+    """
     wanted = target.partition("sm_")[2]
     if not torch.cuda.is_available():
         return "torch sees no CUDA device", "use a machine with an NVIDIA GPU and its driver"
     major, minor = torch.cuda.get_device_capability()
-    if wanted != f"{major}{minor}":
+    if wanted and wanted != f"{major}{minor}":
         reason = f"this GPU is sm_{major}{minor}, the engine was built for sm_{wanted}"
         return reason, f"build it with --target cuda:sm_{major}{minor}"
     path = library or DEFAULT_LIBRARY

@@ -1,8 +1,10 @@
 """Random weights of any published config, made on the GPU: benchmarks without a checkpoint.
 
-Matrices are normal with variance 1 / columns, so that activations keep their size; norms are 1 and
-expert biases 0. The router then sees inputs as diverse as the tokens and chooses all experts about
-equally often; a benchmark must still measure that, since a collapsed router makes any engine fast.
+Matrices are normal with variance 1 / columns, so that activations keep their size; those that write
+to the residual stream are smaller by the root of the number of writes, as in a trained model, so
+that what one layer rounds is not what all layers above compute with. Norms are 1 and expert biases
+0. The router then sees inputs as diverse as the tokens and chooses all experts about equally
+often; a benchmark must still measure that, since a collapsed router makes any engine fast.
 """
 
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ringexport.checkpoint import RingConfig
+from ringexport.errors import RingExportError
 from ringexport.ops.decay import DecayIndex, log_decay
 from ringexport.ops.quantization import NumberFormat
 from ringexport.packing.layout import MatrixFormat, PackedTensor, matrices, packed_tensors
@@ -18,21 +21,42 @@ from ringexport.runtime.backends.cuda.weights import DeviceWeights
 
 __all__ = ["random_weights"]
 
-_SLAB_ROWS = 1 << 14
+_SLAB_ELEMENTS = 1 << 25
+_SLAB_COPIES = 4
+"""In fp32: the values, their magnitudes, the scaled ones, and those before rounding."""
 _BLOCK = 128
 
 
 def random_weights(
-    config: RingConfig, formats: Mapping[str, MatrixFormat], device: torch.device, *, seed: int = 0
+    config: RingConfig,
+    formats: Mapping[str, MatrixFormat],
+    device: torch.device,
+    *,
+    fp8_cache: bool = False,
+    seed: int = 0,
 ) -> DeviceWeights:
-    """Return weights of the given formats; what `formats` does not name is bf16."""
+    """Return weights of the given formats, made where they stay.
+
+    Args:
+        config: of the model.
+        formats: matrix name -> format; what is not named is bf16.
+        device: where to.
+        fp8_cache: the KV cache is meant to be FP8-E4M3.
+        seed: of the values.
+
+    Raises:
+        RingExportError: they do not fit into the free memory of the GPU.
+    """
+    _check_room(config, formats, device)
     generator = torch.Generator(device).manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     known = {matrix.name: matrix for matrix in matrices(config)}
     for tensor in packed_tensors(config, formats):
         if tensor.name in known:
             fmt = formats.get(tensor.name, MatrixFormat())
-            values, scale = _matrix(tensor.shape, fmt, generator, device)
+            writes = tensor.name.endswith(("attention.output", ".down"))
+            size = (2 * config.num_hidden_layers) ** -0.5 if writes else 1.0
+            values, scale = _matrix(tensor.shape, fmt, generator, device, size)
             tensors[tensor.name] = values
             if scale is not None:
                 tensors[tensor.name + ".scale"] = scale
@@ -40,7 +64,24 @@ def random_weights(
             tensors[tensor.name] = _vector(config, tensor, generator, device)
     for tensor in packed_tensors(config, formats):  # interleaved block scales have their own shape
         tensors[tensor.name] = tensors[tensor.name].reshape(tensor.shape)
-    return DeviceWeights(config, tensors, source="random weights")
+    return DeviceWeights(config, tensors, source="random weights", fp8_cache=fp8_cache)
+
+
+def _check_room(
+    config: RingConfig, formats: Mapping[str, MatrixFormat], device: torch.device
+) -> None:
+    if device.type != "cuda":
+        return
+    torch.cuda.empty_cache()
+    needed = sum(tensor.nbytes for tensor in packed_tensors(config, formats))
+    needed += _SLAB_COPIES * _SLAB_ELEMENTS * 4
+    free = torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise RingExportError(
+            f"random weights of this config need {needed / 1e9:.2f} GB of GPU memory, "
+            f"{free / 1e9:.2f} GB are free",
+            hint="use a recipe of 8 bits, such as fp8-all",
+        )
 
 
 def _vector(
@@ -61,18 +102,32 @@ def _vector(
 
 
 def _matrix(
-    shape: tuple[int, ...], fmt: MatrixFormat, generator: torch.Generator, device: torch.device
+    shape: tuple[int, ...],
+    fmt: MatrixFormat,
+    generator: torch.Generator,
+    device: torch.device,
+    size: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return random values and scales, made in slabs of rows to bound the fp32 copies."""
+    """Return random values and scales, made in slabs of rows to bound the fp32 copies.
+
+    Args:
+        shape: of the values.
+        fmt: their format.
+        generator: on the device.
+        device: where to.
+        size: standard deviation of the product with an input of 1.
+    """
     columns = shape[-1]
     rows = torch.Size(shape).numel() // columns
     fmt_dtype = {NumberFormat.FP8_E4M3: torch.float8_e4m3fn, NumberFormat.INT8: torch.int8}
     dtype = torch.bfloat16 if fmt.number_format is None else fmt_dtype[fmt.number_format]
     values = torch.empty((rows, columns), dtype=dtype, device=device)
     scales = []
-    for start in range(0, rows, _SLAB_ROWS):
-        part = values[start : start + _SLAB_ROWS]
-        slab = torch.randn(part.shape, generator=generator, device=device) * columns**-0.5
+    slab_rows = max(_BLOCK, _SLAB_ELEMENTS // columns // _BLOCK * _BLOCK)
+    for start in range(0, rows, slab_rows):
+        part = values[start : start + slab_rows]
+        slab = torch.randn(part.shape, generator=generator, device=device)
+        slab *= size * columns**-0.5
         if fmt.number_format is None:
             part.copy_(slab)
             continue

@@ -8,6 +8,7 @@ from torch import Tensor
 from ringexport.checkpoint import RingConfig
 from ringexport.errors import RingExportError
 from ringexport.kernels.library import DType
+from ringexport.runtime.backends.cuda.transfers import uploaded
 
 __all__ = ["MemoryPlan", "StatePool"]
 
@@ -119,12 +120,12 @@ class StatePool:
         return taken
 
     def give_back(self, slots: list[int]) -> None:
-        """Return slots that `take` gave out."""
-        self._free.extend(reversed(slots))
+        """Return slots that `take` gave out; negative ones are none."""
+        self._free.extend(slot for slot in reversed(slots) if slot >= 0)
 
     def reset(self, slots: list[int]) -> None:
         """Zero the recurrent state; stale cache entries are never read."""
-        index = torch.tensor(slots, device=next(iter(self.recurrent_state.values())).device)
+        index = uploaded(slots, next(iter(self.recurrent_state.values())).device)
         for state in self.recurrent_state.values():
             state.index_fill_(0, index, 0.0)
 
