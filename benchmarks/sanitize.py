@@ -71,7 +71,6 @@ SUMMARY = re.compile(r"(ERROR SUMMARY: \d+ errors?|RACECHECK SUMMARY: .*)")
 CLEAN = re.compile(r"SUMMARY: 0 (errors|hazards)")
 PASSED = re.compile(r"\d+ passed.*")
 LATE = -1
-PASSED = re.compile(r"\d+ passed.*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
