@@ -16,7 +16,7 @@ PROMPT ?= def read_config(path):
 ARCHITECTURES ?= 80;86;89;90a;100;120
 JOBS ?= $(shell nproc)
 
-.PHONY: setup demo test check docs plugins sanitize clean
+.PHONY: setup demo test tensorrt check docs plugins sanitize clean
 
 setup: $(VENV)/.ready
 
@@ -31,7 +31,16 @@ demo: setup
 	$(BIN)/ringexport build models/ring-nano -o $(BUNDLE)
 	$(BIN)/ringexport run $(BUNDLE) "$(PROMPT)" --max-new-tokens 60 --temperature 0.5 --seed 1
 
+# Full TensorRT as far as a registry has it: its Python module and the lean runtime, apart from the environment, where
+# they would pass for an installed TensorRT. Tests that need them say so when they are missing.
+TENSORRT ?= 11.4.0.106
+
+tensorrt: setup
+	[ -d build/tensorrt/tensorrt_lean_libs ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --only-binary :all: --target build/tensorrt tensorrt-cu13-bindings==$(TENSORRT) tensorrt-lean-cu13-libs==$(TENSORRT)
+
 test: setup
+	$(MAKE) tensorrt || echo "TensorRT's Python module and lean runtime cannot be had: their tests are skipped"
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: setup

@@ -1,11 +1,14 @@
 """Time GPU work as an engine runs it: inside a CUDA graph, medians, weights not in the L2."""
 
+import importlib.metadata
 import statistics
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 
 import torch
 
-__all__ = ["median_us", "print_rows", "rotating"]
+__all__ = ["conditions", "median_us", "print_rows", "rotating"]
 
 _REPEATS = 15
 
@@ -45,6 +48,27 @@ def median_us(steps: Sequence[Callable[[], None]], *, replays: int = 20) -> floa
 def rotating(nbytes: int, *, l2_bytes: int = 60 << 20, at_least: int = 1) -> int:
     """Return how many copies of `nbytes` of data are needed so that none is found in the L2."""
     return max(at_least, -(-3 * l2_bytes // max(nbytes, 1)))
+
+
+def conditions(packages: Iterable[str] = ()) -> str:
+    """Return GPU, driver, versions and date, as docs/performance.md states them.
+
+    Args:
+        packages: to be named besides torch, by their distribution's name, if installed.
+    """
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    names = [f"driver {driver}", f"CUDA {torch.version.cuda}"]
+    for name in ("torch", *packages):
+        try:
+            names.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            names.append(f"no {name}")
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    return f"one {torch.cuda.get_device_name(0)}, {', '.join(names)}; {date}"
 
 
 def print_rows(rows: Iterable[Mapping[str, object]]) -> None:

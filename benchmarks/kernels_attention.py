@@ -1,5 +1,7 @@
 """Decode attention of one softmax layer of Ring-mini beside torch: fraction of the read rate."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -73,33 +75,28 @@ class Layer:
             raise AssertionError(f"relative error {error}")
 
 
-def rows() -> list[dict[str, object]]:
-    """Measure every shape; see SHAPES."""
-    found = []
-    for cache in (torch.bfloat16, torch.float8_e4m3fn):
-        for batch, context in SHAPES:
+def rows(shapes: Iterable[tuple[int, int]] = SHAPES) -> Iterator[dict[str, object]]:
+    """Measure (rows, context) with both caches."""
+    for cache, name in ((torch.bfloat16, "bf16"), (torch.float8_e4m3fn, "FP8")):
+        for batch, context in shapes:
             nbytes = 2 * batch * KV_HEADS * context * WIDTH * cache.itemsize
             layers = [Layer(batch, context, cache) for _ in range(rotating(nbytes))]
             layers[0].check()
             us = median_us([layer.launch for layer in layers], replays=5)
-            torch_us = None
-            if cache == torch.bfloat16:
-                torch_us = median_us([layer.reference for layer in layers], replays=2)
             rate = nbytes / us * 1e6
-            found.append(
-                {
-                    "op": "attention_decode",
-                    "shape": f"B={batch} context={context} {cache}",
-                    "us": us,
-                    "bytes": nbytes,
-                    "TB/s": rate / 1e12,
-                    "fraction": rate / READ_RATE,
-                    "torch us": torch_us,
-                }
-            )
+            row = {
+                "op": f"decode attention, {name} cache",
+                "shape": f"B = {batch}, {context:,} tokens",
+                "us": us,
+                "bytes": nbytes,
+                "TB/s": rate / 1e12,
+                "fraction": rate / READ_RATE,
+            }
+            if cache == torch.bfloat16:
+                row["reference us"] = median_us([layer.reference for layer in layers], replays=2)
+            yield row
             del layers
             torch.cuda.empty_cache()
-    return found
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Experts of one Ring-mini layer for many tokens: TFLOP/s, all launches included."""
 
+from collections.abc import Iterable, Iterator, Mapping
+
 import torch
 
 from benchmarks.gpu_timing import median_us, print_rows
@@ -103,12 +105,13 @@ def codes_gain(columns: int, dtype: torch.dtype) -> float:
     return columns**-0.5 / (73 if dtype == torch.int8 else 100)
 
 
-def rows() -> list[dict[str, object]]:
-    """Measure every format and number of tokens."""
-    found = []
-    for name in FORMATS:
+def rows(
+    shapes: Mapping[str, Iterable[int]] | None = None,
+) -> Iterator[dict[str, object]]:
+    """Measure formats and numbers of tokens; AssertionError for a result that is wrong."""
+    for name, counts in (shapes or dict.fromkeys(FORMATS, TOKENS)).items():
         layer = Layer(name)
-        for tokens in TOKENS:
+        for tokens in counts:
             call, hidden, ids, output = layer.call(tokens)
 
             def launch(call: KernelCall = call) -> None:
@@ -125,17 +128,17 @@ def rows() -> list[dict[str, object]]:
             nbytes = (EXPERTS + 1) * 3 * HIDDEN * WIDTH * layer.dtype.itemsize
             limit = max(flop / DENSE_PEAK[layer.dtype], nbytes / READ_RATE) * 1e6
             rate = flop / us / 1e6
-            row = {"op": "experts", "shape": f"{name} N={tokens}", "us": us, "TFLOP/s": rate}
-            row |= {
+            yield {
+                "op": f"experts {name}, grouped",
+                "shape": f"{tokens:,} tokens",
+                "us": us,
+                "TFLOP/s": rate,
                 "routed TFLOP/s": rate * TOP_K / (TOP_K + 1),
                 "fraction": limit / us,
-                "error": error,
             }
-            found.append(row)
             del call, hidden, ids, output
         del layer
         torch.cuda.empty_cache()
-    return found
 
 
 if __name__ == "__main__":

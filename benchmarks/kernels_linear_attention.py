@@ -6,24 +6,29 @@ Every result is compared with torch in fp64 before it is timed.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import median_us, rotating
+from benchmarks.gpu_timing import median_us, print_rows, rotating
+from benchmarks.kernels_fla import Reference, Shape
 from ringexport.kernels.library import DType, KernelCall, KernelLibrary
-from ringexport.model.linear_attention import LinearInputs, chunked, fla
+from ringexport.model.linear_attention import LinearInputs, chunked
 from ringexport.ops.decay import DecayIndex, log_decay
 from ringexport.settings import load_settings
 
 HEADS, DIM, LAYERS = 16, 128, 20
 WIDTH = HEADS * DIM
 COPY_TBPS = 4.28  # measured on the H200
-DECODE_BATCHES = (1, 8, 64, 256)
-PREFILLS = ((1, 256), (1, 1024), (1, 4096), (1, 32768), (8, 4096), (32, 512))
-LAYERS_TIMED = (0, 9, 18)  # heads forget fast, moderately, slowly
+# Rows, tokens, layer: heads of layer 0 forget fast, of 9 moderately, of 18 slowly.
+DECODES: tuple[Shape, ...] = ((1, 1, 0), (8, 1, 0), (64, 1, 0), (256, 1, 0))
+PREFILLS: tuple[Shape, ...] = (
+    (1, 256, 9), (1, 1024, 9), (1, 4096, 0), (1, 4096, 9), (1, 4096, 18), (8, 4096, 9),
+    (32, 512, 9), (1, 32768, 0), (1, 32768, 9), (1, 32768, 18),
+)  # fmt: skip
+FLA_SECONDS = 60.0
 TOLERANCE = 0.02  # of the largest output: two bf16 roundings
 
 
@@ -106,42 +111,23 @@ class Problem:
                     raise SystemExit(f"{self.op}: wrong {name}, relative error {error:.2e}")
 
 
-def fla_steps(problem: Problem) -> Callable[[], None]:
-    """Return a step of FLA's kernel on the same data."""
-    inputs = LinearInputs(
-        query=problem.inputs.query.contiguous(),
-        key=problem.inputs.key.contiguous(),
-        value=problem.inputs.value.contiguous(),
-        log_decay=problem.inputs.log_decay,
-        past_state=problem.state,
-        query_scale=problem.inputs.query_scale,
-    )
-    return lambda: (fla(inputs), None)[1]
-
-
-def timed(library: KernelLibrary, batch: int, tokens: int, layer: int) -> dict[str, Any]:
+def timed(library: KernelLibrary, shape: Shape) -> dict[str, Any]:
     """Check and time one shape; bytes are those that must move at least once."""
+    batch, tokens, layer = shape
     state_bytes = 2 * 4 * batch * WIDTH * DIM
     moved = state_bytes + 4 * 2 * batch * tokens * WIDTH
     copies = rotating(moved)
     problems = [Problem(library, batch, tokens, layer) for _ in range(copies)]
     problems[0].check()
-    replays = max(1, min(20, 200 // copies))
-    mine = median_us([problem.launch for problem in problems], replays=replays)
-    try:
-        other = median_us([fla_steps(problem) for problem in problems], replays=replays)
-    except ImportError:
-        other = float("nan")
-    rate = moved / mine * 1e-6
+    us = median_us([problem.launch for problem in problems], replays=max(1, min(20, 200 // copies)))
+    rate = moved / us * 1e-6
     return {
-        "op": problems[0].op,
-        "shape": f"B={batch} T={tokens} layer {layer}",
-        "us": mine,
+        "op": "linear attention " + ("decode, fp32 state" if tokens == 1 else "prefill, bf16"),
+        "shape": f"B = {batch}" if tokens == 1 else f"{batch} x {tokens:,}, layer {layer}",
+        "us": us,
         "bytes": moved,
         "TB/s": rate,
-        "of copy rate": rate / COPY_TBPS,
-        "FLA us": other,
-        "speedup": other / mine,
+        "fraction": rate / COPY_TBPS,
     }
 
 
@@ -153,20 +139,29 @@ def _library() -> KernelLibrary:
     return KernelLibrary.open(path)
 
 
-def rows() -> list[dict[str, Any]]:
-    """Measure and print all shapes."""
-    shapes = [(batch, 1, 0) for batch in DECODE_BATCHES]
-    shapes += [(batch, tokens, 9) for batch, tokens in PREFILLS]
-    shapes += [
-        (1, tokens, layer) for tokens in (4096, 32768) for layer in LAYERS_TIMED if layer != 9
-    ]
-    table = []
-    for batch, tokens, layer in shapes:
-        table.append(row := timed(_library(), batch, tokens, layer))
-        values = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
-        print(" | ".join(values), flush=True)
-    return table
+def rows(
+    shapes: Iterable[Shape] = (*DECODES, *PREFILLS),
+    reference: Reference | None = None,
+    fla_seconds: float = FLA_SECONDS,
+) -> list[dict[str, Any]]:
+    """Measure all shapes, then FLA at the same ones.
+
+    Args:
+        shapes: rows, tokens and layer.
+        reference: FLA's process if it was started before; None starts one.
+        fla_seconds: how long FLA may take, its tuning included; without it rows have no
+            `reference us`.
+    """
+    theirs = reference or Reference()
+    try:
+        found = {shape: timed(_library(), shape) for shape in shapes}
+        torch.cuda.empty_cache()
+        for shape, us in theirs.times(found, fla_seconds).items():
+            found[shape] |= {"reference us": us, "speedup": us / found[shape]["us"]}
+    finally:
+        theirs.close()
+    return list(found.values())
 
 
 if __name__ == "__main__":
-    rows()
+    print_rows(rows())

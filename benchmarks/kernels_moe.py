@@ -1,13 +1,13 @@
 """Router and experts at the shape of Ring-mini: time and fraction of the limit, checked first."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import median_us, rotating
+from benchmarks.gpu_timing import median_us, print_rows, rotating
 from ringexport.kernels.library import DType, KernelCall
 from tests.kernels.moe_cases import EPS, Experts, normed, symmetric_difference
 from tests.kernels.support import library, workspace
@@ -27,6 +27,7 @@ ROUTING: dict[str, Any] = {
 }
 EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROUTER_TOKENS = (1, 8, 16, 64, 256, 1024, 4096)
+FORMATS = ("fp8-channel", "fp8-block", "int8-channel", "bf16-none")
 
 
 def _router_calls(tokens: int, *, norm: bool) -> list[KernelCall]:
@@ -58,16 +59,18 @@ def _launch_all(calls: list[KernelCall]) -> list[Any]:
     ]
 
 
-def _router_rows() -> Iterator[dict[str, Any]]:
-    for tokens in ROUTER_TOKENS:
+def _router_rows(tokens_timed: Iterable[int]) -> Iterator[dict[str, Any]]:
+    for tokens in tokens_timed:
         us = median_us(_launch_all(_router_calls(tokens, norm=tokens <= 8)))
-        flop = 2 * tokens * EXPERTS * HIDDEN
+        flop, nbytes = 2 * tokens * EXPERTS * HIDDEN, 4 * EXPERTS * HIDDEN
+        rate, products = nbytes / us / 1e6, flop / us / 1e6
+        by_bytes = rate / READ_TB_S > products / FP32_TFLOP_S
         yield {
             "op": "router",
-            "shape": f"N={tokens}",
+            "shape": f"{tokens:,} tokens",
             "us": us,
-            "TFLOP/s": flop / us / 1e6,
-            "fraction": flop / us / 1e6 / FP32_TFLOP_S,
+            **({"TB/s": rate} if by_bytes else {"TFLOP/s": products}),
+            "fraction": max(rate / READ_TB_S, products / FP32_TFLOP_S),
         }
 
 
@@ -154,7 +157,7 @@ class _ExpertsBench:
         rate = nbytes / us / 1e6
         return {
             "op": f"experts {self.layer.weight_format} {self.kind}",
-            "shape": f"N={tokens}{'' if shared else ' no shared'}",
+            "shape": f"{tokens:,} tokens{'' if shared else ', no shared expert'}",
             "us": us,
             "MB": nbytes / 1e6,
             "TB/s": rate,
@@ -162,41 +165,33 @@ class _ExpertsBench:
         }
 
 
-def _experts_rows(formats: list[str], tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def _experts_rows(formats: Iterable[str], tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     for name in formats:
         weight_format, kind = name.split("-")
         bench = _ExpertsBench(weight_format, kind)
-        for count in (1, 8, 64, 256):
+        for count in {1, 8, 64, 256} & set(tokens):
             difference = bench.check(count)
             if not difference <= (1e-5 if kind == "none" else 1e-6):
-                yield {"op": f"experts {name}", "shape": f"N={count}", "wrong by": difference}
+                raise AssertionError(f"experts {name}, {count} tokens: wrong by {difference}")
         for count in tokens:
             yield bench.row(count, shared=True)
-        yield bench.row(1, shared=False)
         del bench
         torch.cuda.empty_cache()
 
 
 def rows(
-    formats: list[str] | None = None, tokens: tuple[int, ...] = EXPERT_TOKENS
+    formats: Iterable[str] = FORMATS,
+    tokens: tuple[int, ...] = EXPERT_TOKENS,
+    router_tokens: Iterable[int] = ROUTER_TOKENS,
 ) -> Iterator[dict[str, Any]]:
-    """Yield op, shape, us, and rates; `wrong by` marks a result that is wrong."""
-    yield from _router_rows()
-    yield from _experts_rows(
-        formats or ["fp8-channel", "fp8-block", "int8-channel", "bf16-none"], tokens
-    )
+    """Yield op, shape, us, and rates; AssertionError for a result that is wrong."""
+    yield from _router_rows(router_tokens)
+    yield from _experts_rows(formats, tokens)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--formats", nargs="*")
-    parser.add_argument("--tokens", nargs="*", type=int)
+    parser.add_argument("--formats", nargs="*", default=FORMATS)
+    parser.add_argument("--tokens", nargs="*", type=int, default=EXPERT_TOKENS)
     arguments = parser.parse_args()
-    for row in rows(arguments.formats, tuple(arguments.tokens or EXPERT_TOKENS)):
-        print(
-            "  ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else str(value)
-                for key, value in row.items()
-            ),
-            flush=True,
-        )
+    print_rows(rows(arguments.formats, tuple(arguments.tokens)))

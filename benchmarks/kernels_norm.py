@@ -6,11 +6,12 @@ Results are compared with torch in tests/kernels/test_norm.py; here one row of e
 """
 
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_timing import median_us, rotating
+from benchmarks.gpu_timing import median_us, print_rows, rotating
 from ringexport.kernels.library import DType, KernelCall, KernelLibrary, ScaleKind
 from ringexport.settings import load_settings
 
@@ -82,6 +83,7 @@ BYTES = {  # per row, read and written
     "quantize": WIDTH * (2 + 1),
     "qk_norm_rotary": (HEADS + KV_HEADS) * DIM * 4 + ROTARY * 4,
 }
+CODES = dict.fromkeys(BYTES, ", FP8 codes") | {"qk_norm_rotary": ""}
 MAKERS = {f.__name__: f for f in (rms_norm, group_norm_gate, quantize, qk_norm_rotary)}
 
 
@@ -109,26 +111,23 @@ def measure(library: KernelLibrary, op: str, rows: int) -> dict[str, Any]:
     ]
     us = median_us(steps * -(-64 // len(steps)), replays=3)
     rate = nbytes / us / 1e6
-    return {"op": op, "shape": f"{rows} rows", "us": us, "TB/s": rate, "of copy": rate / COPY_TBPS}
+    return {
+        "op": op.replace("_", " ").replace("rms norm", "residual and rms norm") + CODES[op],
+        "shape": f"{rows:,} rows",
+        "us": us,
+        "TB/s": rate,
+        "fraction": rate / COPY_TBPS,
+    }
 
 
-def rows() -> list[dict[str, Any]]:
-    """Measure all of it."""
+def rows(counts: Iterable[int] = ROWS) -> Iterator[dict[str, Any]]:
+    """Measure all ops at numbers of rows."""
     settings = load_settings()
     if settings.kernel_library is None:
         sys.exit("set RINGEXPORT_KERNEL_LIBRARY to the library to measure")
     library = KernelLibrary.open(settings.kernel_library)
-    return [measure(library, op, count) for op in MAKERS for count in ROWS]
-
-
-def show(found: list[dict[str, Any]]) -> str:
-    """Return the rows as text; times are microseconds."""
-    return "\n".join(
-        f"{row['op']:>18} {row['shape']:>12} {row['us']:9.2f} us {row['TB/s']:6.2f} TB/s "
-        f"{row['of copy']:6.1%} of the copy rate"
-        for row in found
-    )
+    yield from (measure(library, op, count) for op in MAKERS for count in counts)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(show(rows()) + "\n")
+    print_rows(rows())

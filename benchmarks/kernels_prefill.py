@@ -1,5 +1,7 @@
 """Attention and projections of many tokens at Ring-mini's shape, beside torch."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,7 @@ from tests.kernels.support import DTYPES, library, workspace
 
 PRODUCT_RATE = {torch.bfloat16: 788e12, torch.float8_e4m3fn: 1290e12, torch.int8: 1290e12}
 """FLOP a second of torch's largest products on one H200, measured; for INT8 that of FP8."""
+NAMES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 KV_HEADS, GROUP, WIDTH = 4, 4, 128
 HEADS = KV_HEADS * GROUP
 ATTENTION = ((1, 4096, 0), (8, 4096, 0), (1, 32768, 0), (1, 8192, 24576), (4, 512, 4096))
@@ -64,25 +67,21 @@ def attention_row(batch: int, length: int, position: int) -> dict[str, object]:
     if not error < 0.01:
         raise AssertionError(f"relative error {error}")
     us = median_us([launch], replays=2)
-    torch_us = None
-    if position == 0:
-        torch_us = median_us(
-            [
-                lambda: F.scaled_dot_product_attention(
-                    split, keys, values, is_causal=True, enable_gqa=True
-                )
-            ],
-            replays=2,
-        )
     flops = 4 * HEADS * WIDTH * batch * length * (position + (length + 1) / 2)
-    return {
+    row: dict[str, object] = {
         "op": "attention prefill, bf16",
         "shape": f"{batch} x {length:,} tokens" + (f" behind {position:,}" if position else ""),
         "us": us,
         "TFLOP/s": flops / us / 1e6,
         "fraction": flops / us * 1e6 / PRODUCT_RATE[torch.bfloat16],
-        "torch us": torch_us,
     }
+    if position == 0:
+
+        def reference() -> None:
+            F.scaled_dot_product_attention(split, keys, values, is_causal=True, enable_gqa=True)
+
+        row["reference us"] = median_us([reference], replays=2)
+    return row
 
 
 def projection_row(codes: torch.dtype, m: int, n: int, k: int) -> dict[str, object]:
@@ -109,33 +108,33 @@ def projection_row(codes: torch.dtype, m: int, n: int, k: int) -> dict[str, obje
     if not error < 0.04:
         raise AssertionError(f"relative error {error}")
     us = median_us([launch])
-    torch_us = None
-    if codes == torch.float8_e4m3fn:
-        rows, token_scale = x.to(codes), torch.ones(m, 1, device="cuda")
-        torch_us = median_us(
-            [
-                lambda: torch._scaled_mm(  # noqa: SLF001
-                    rows, weight.T, token_scale, scale[None], out_dtype=torch.bfloat16
-                )
-            ]
-        )
     flops = 2 * m * n * k
-    return {
-        "op": f"projection {str(codes).removeprefix('torch.')}, with quantization",
-        "shape": f"{m:,} x {n} x {k}",
+    row: dict[str, object] = {
+        "op": f"projection {NAMES[codes]} of many rows, quantized inside",
+        "shape": f"{m:,} x {k} to {n}",
         "us": us,
         "TFLOP/s": flops / us / 1e6,
         "fraction": flops / us * 1e6 / PRODUCT_RATE[codes],
-        "torch us": torch_us,
     }
+    if codes == torch.float8_e4m3fn:
+        rows, token_scale = x.to(codes), torch.ones(m, 1, device="cuda")
+
+        def reference() -> None:  # without quantizing
+            torch._scaled_mm(  # noqa: SLF001
+                rows, weight.T, token_scale, scale[None], out_dtype=torch.bfloat16
+            )
+
+        row["reference us"] = median_us([reference])
+    return row
 
 
-def rows() -> list[dict[str, object]]:
+def rows() -> Iterator[dict[str, object]]:
     """Measure every shape."""
-    found = [attention_row(*shape) for shape in ATTENTION]
+    for shape in ATTENTION:
+        yield attention_row(*shape)
+        torch.cuda.empty_cache()
     for codes in (torch.float8_e4m3fn, torch.int8):
-        found += [projection_row(codes, *shape) for shape in PROJECTIONS]
-    return found
+        yield from (projection_row(codes, *shape) for shape in PROJECTIONS)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ Every result is compared with the product of the dequantized operands before it 
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import median_us, rotating
+from benchmarks.gpu_timing import median_us, print_rows, rotating
 from ringexport.kernels.library import DType, KernelCall, KernelLibrary, Prologue, ScaleKind
 from ringexport.settings import load_settings
 
@@ -22,6 +22,7 @@ SHAPES = ((8192, 2048), (2048, 2048), (3072, 2048), (5120, 2048), (2048, 5120))
 HEAD = (157184, 2048)
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 STEPS_TIMED = 200
+LONG_BYTES = 64 << 20  # weights that take longer than a graph's launch
 PROLOGUES = {"none": Prologue.NONE, "norm": Prologue.RMS_NORM}
 FORMATS = {
     "fp8": (torch.float8_e4m3fn, DType.FP8_E4M3),
@@ -117,30 +118,35 @@ class Problem:
         ]
 
 
-def step_us(steps: list[Callable[[], object]]) -> float:
+def step_us(steps: list[Callable[[], object]], nbytes: int) -> float:
     """Return microseconds of a step in a graph so long that its launch does not count."""
-    return median_us(steps * -(-STEPS_TIMED // len(steps)), replays=2)
+    count = 8 if nbytes > LONG_BYTES else STEPS_TIMED
+    return median_us(steps * -(-count // len(steps)), replays=2)
 
 
-def measure(problem: Problem, m: int) -> dict[str, Any]:
-    """Return one row of the table."""
-    row: dict[str, Any] = {"op": problem.name, "shape": f"{m} x {problem.n} x {problem.k}"}
+def measure(problem: Problem, m: int, prologues: Iterable[str]) -> dict[str, Any]:
+    """Return one row of the table; `prologues` has "none"."""
+    row: dict[str, Any] = {
+        "op": ("lm_head " if problem.n == HEAD[0] else "projection ") + problem.name,
+        "shape": f"{m} x {problem.k} to {problem.n}",
+    }
 
     def launches(calls: list[KernelCall]) -> Callable[[int], Callable[[], None]]:
         return lambda i: lambda: calls[i].launch(torch.cuda.current_stream().cuda_stream)
 
-    for prologue in PROLOGUES:
+    for prologue in prologues:
         for programmatic in (0, 1):
             calls, output = problem.calls(m, prologue, programmatic)
             problem.check(calls[0], output, prologue)
             step = launches(calls)
-            us = step_us([step(i) for i in range(len(calls))])
+            us = step_us([step(i) for i in range(len(calls))], problem.nbytes)
             row[f"{prologue}{' pdl' if programmatic else ''}"] = us
     row["us"] = best = row["none pdl"]
     row["TB/s"] = problem.nbytes / best / 1e6
-    row["of read rate"] = row["TB/s"] / READ_TBPS
+    row["fraction"] = row["TB/s"] / READ_TBPS
     steps = problem.torch_steps(m)
-    row["torch"] = step_us(steps) if steps else float("nan")
+    if steps:
+        row["reference us"] = step_us(steps, problem.nbytes)
     return row
 
 
@@ -148,32 +154,21 @@ def rows(
     formats: tuple[str, ...] = ("fp8", "int8", "bf16"),
     shapes: tuple[tuple[int, int], ...] = (*SHAPES, HEAD),
     tokens: tuple[int, ...] = TOKENS,
-) -> list[dict[str, Any]]:
+    prologues: Iterable[str] = tuple(PROLOGUES),
+) -> Iterator[dict[str, Any]]:
     """Measure all of it."""
     settings = load_settings()
     if settings.kernel_library is None:
         sys.exit("set RINGEXPORT_KERNEL_LIBRARY to the library to measure")
     library = KernelLibrary.open(settings.kernel_library)
-    found = []
     for name in formats:
         for n, k in shapes:
             if name == "int8" and (n, k) == HEAD:
                 continue
             problem = Problem(library, name, n, k)
-            found += [measure(problem, m) for m in tokens]
+            yield from (measure(problem, m, prologues) for m in tokens)
             del problem
-    return found
-
-
-def show(found: list[dict[str, Any]]) -> str:
-    """Return the rows as text; times are microseconds."""
-    lines = []
-    for row in found:
-        cells = [f"{v:9.2f}" if isinstance(v, float) else f"{v:>18}" for v in row.values()]
-        lines.append(" ".join(cells))
-    head = " ".join(f"{key:>{18 if key in ('op', 'shape') else 9}}" for key in found[0])
-    return "\n".join([head, *lines])
 
 
 if __name__ == "__main__":
-    sys.stdout.write(show(rows()) + "\n")
+    print_rows(rows())

@@ -180,16 +180,3 @@ def time_decode(runner: OrtCudaRunner, batch: int, context: int) -> float:
         run_bound(call.session, call.binding, call.graph_id)
         times.append(time.perf_counter() - begin)
     return statistics.median(times[4:])
-
-
-def time_prefill(runner: OrtCudaRunner, batch: int, length: int) -> float:
-    """Return seconds from ids on the host to the last logits there."""
-    tokens = np.random.default_rng(0).integers(0, runner.spec.vocab_size, (batch, length))
-    times = []
-    for _ in range(3):
-        state = runner.new_state(batch)
-        state.reserve(length)
-        begin = time.perf_counter()
-        runner.prefill(tokens, None, state)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])

@@ -21,53 +21,100 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "kernels"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
-# Family to the choice of its tests (pytest -k): every kernel and number format in few sizes for
-# memcheck, and fewer tests of the same kernels for the other tools, which are ten times slower.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Kernels that are looked at by one process.
+
+    Attributes:
+        tests: `tests/kernels/test_<tests>.py`.
+        many: pytest -k for memcheck: every kernel and number format in few sizes.
+        few: pytest -k for the other tools, which are ten times slower: every kernel once or twice,
+            as small as it goes, so that each process ends within 40 s on an H200.
+    """
+
+    tests: str
+    many: str
+    few: str
+
+
+_EXPERTS = (
+    "fields or routing or given_codes or output or ((shapes or test_experts) and (nano or ragged))"
+)
+_PREFILL = "test_prefill and not 4097 and not 5000 and not no_bias"
+
 FAMILIES = {
-    "attention": (
-        "not 131072 and not 524288 and not many_rows",
-        "slots or full_rotary or (every_group and float8 and 12)",
+    "attention": Family(
+        tests="attention",
+        many="not 131072 and not 524288 and not many_rows",
+        few="slots or full_rotary or (every_group and float8 and 12)",
     ),
-    "attention_prefill": ("not many_tokens and not 4097", "every_group or ragged or slots"),
-    "grouped_experts": ("not many_experts", "fp16 or input_quantized or (odd_widths and bfloat16)"),
-    "large_projection": ("not 4097", "193 and (208 or codes)"),
-    "linear_attention": (
-        "not drift and not 4097 and not 5000 and not no_bias and not float32",
-        "ragged or reset or padding or slots or small or (decode_fused and not dtype2)",
+    "attention_prefill": Family(
+        tests="attention_prefill",
+        many="not many_tokens and not 4097",
+        few="every_group or ragged or slots",
     ),
-    "moe": (
-        (
-            "fields or routing or given_codes or output or (router and not 4097 and not 500)"
-            " or ((shapes or test_experts) and (nano or ragged))"
+    "experts_direct": Family(
+        tests="moe",
+        many=f"({_EXPERTS} or (test_experts[ and -2])) and not 40 and not 50 and not -8]",
+        few="routing and -3] or (shapes and (-1-nano or -1-ragged)) or (test_experts[ and -2])",
+    ),
+    "experts_sorted": Family(
+        tests="moe",
+        many=f"({_EXPERTS} or (test_experts[ and -130])) and not -3] and not -1- and not -4]",
+        few=(
+            "(routing and -8]) or (shapes and (-7-nano or -40-ragged))"
+            " or (test_experts[ and -130] and (channel or none))"
         ),
-        (
-            "fields or (routing and 8) or (shapes and 7 and nano) or (shapes and 40 and ragged)"
-            " or (ties and (3 or 63) and mini)"
-        ),
     ),
-    "norm": (
-        (
+    "grouped_experts": Family(
+        tests="grouped_experts", many="not many_experts", few="test_a_tile_of_each"
+    ),
+    "large_projection": Family(
+        tests="large_projection", many="not 4097", few="193 and (-48- or (208 and fp8) or codes)"
+    ),
+    "linear_decode": Family(
+        tests="linear_attention",
+        many="decode and not float32",
+        few="decode_slots or (decode_fused and dtype0 and 64)",
+    ),
+    "linear_prefill": Family(
+        tests="linear_attention",
+        many=_PREFILL,
+        few="small_model or padding or (test_prefill[ and 65- and dtype0) or (reset and 70)",
+    ),
+    "norm": Family(
+        tests="norm",
+        many=(
             "(quantize and 33 and (256 or 1000)) or (rms_norm and (33 or 3)) or (gate and 3-)"
-            " or (rotary and 7])"
+            " or (rotary and -7])"
         ),
-        (
+        few=(
             "(quantize and 33 and 1000 and bf16) or (rms_norm and 33 and 2040)"
-            " or (gate and 3- and 256) or (rotary and 7] and fp8)"
+            " or (gate and 3- and 256) or (rotary and -7] and fp8)"
         ),
     ),
-    "projection": (
-        (
+    "projection": Family(
+        tests="projection",
+        many=(
             "(codes and (1040 or 48)) or (half and 208) or (prologue and 256) or zeros or residual"
             " or graph"
         ),
-        (
-            "(codes and 208 and (-1] or -64])) or (half and 208 and -50])"
+        few=(
+            "(codes and 208 and (-1] or -64])) or (half and 208 and (-50] or -1]))"
             " or (prologue and 256 and (-7] or -3]) and block and not int8)"
+            " or (prologue and 256 and -1] and (channel or gate) and not int8)"
         ),
     ),
-    "sample": ("not distribution", "shape1 or shape3 or zero"),
+    "router": Family(
+        tests="moe",
+        many="router and not 4097 and not 500",
+        few="ties and (3-mini or 63-mini or 3-wide or 63-wide)",
+    ),
+    "sample": Family(tests="sample", many="not distribution", few="shape1 or shape3 or zero"),
 }
 SUMMARY = re.compile(r"(ERROR SUMMARY: \d+ errors?|RACECHECK SUMMARY: .*)")
+SAID = re.compile(r"(?<!=)={9} (?!=).*")  # anywhere: pytest's own line may not have ended yet
 CLEAN = re.compile(r"SUMMARY: 0 (errors|hazards)")
 PASSED = re.compile(r"\d+ passed.*")
 LATE = -1
@@ -108,20 +155,29 @@ def sanitizer() -> str:
     return found
 
 
-def _choice(tool: str, family: str) -> str:
-    return FAMILIES[family][tool != TOOLS[0]]
+def _environment(tool: str) -> dict[str, str]:
+    more = {"RINGEXPORT_REQUIRE": "gpu"}
+    if tool != "racecheck":  # looks at shared memory only
+        # Without torch's cache every tensor is an allocation of its own: overruns are seen.
+        more["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    return os.environ | more
 
 
-def check(tool: str, family: str, choice: str, limit: float) -> Finding:
-    """Run one family under one tool."""
+def _command(tool: str, family: str, choice: str | None) -> list[str]:
+    tests = FAMILIES[family]
     command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "0"]
-    command += ["--kernel-name", "kns=ringkernels", "--print-limit", "20"]
-    command += [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu"]
+    command += ["--kernel-name", "kns=ringkernels", "--print-limit", "100"]
+    if tool == "racecheck":
+        command += ["--racecheck-report", "all"]  # addresses and threads, and the analysis
+    command += [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "-m", "gpu"]
     # Tools slow a test down a lot: none of pytest's limits.
-    command += ["-o", "addopts=", str(TESTS / f"test_{family}.py"), "-k", choice]
-    # Without torch's cache every tensor is an allocation of its own, so that overruns are seen.
-    more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RINGEXPORT_REQUIRE": "gpu"}
-    environment = os.environ | more
+    command += ["-o", "addopts=", str(TESTS / f"test_{tests.tests}.py")]
+    return [*command, "-k", choice or (tests.many if tool == "memcheck" else tests.few)]
+
+
+def check(tool: str, family: str, choice: str | None, limit: float) -> Finding:
+    """Run one family under one tool."""
+    command, environment = _command(tool, family, choice), _environment(tool)
     start = time.monotonic()
     with subprocess.Popen(
         command,
@@ -138,7 +194,7 @@ def check(tool: str, family: str, choice: str, limit: float) -> Finding:
             os.killpg(process.pid, signal.SIGKILL)  # the tool and the tests, its child
             output, code = process.communicate()[0], LATE
     summaries, tests = SUMMARY.findall(output), PASSED.search(output)
-    ended = f"not ended within {limit:.0f} s" if code == LATE else "failed"
+    ended = f"not ended within {limit:.0f} s" if code == LATE else f"ended with code {code}"
     return Finding(
         tool=tool,
         family=family,
@@ -153,6 +209,12 @@ def check(tool: str, family: str, choice: str, limit: float) -> Finding:
     )
 
 
+def _report(found: Finding, most: int) -> list[str]:
+    """Return every line of the tool, so that no access is cut off, and the end of pytest's."""
+    said = SAID.findall(found.output)
+    return [*said[:most], "...", *found.output.splitlines()[-12:]]
+
+
 def main() -> int:
     """Print a table, then the output of what was not clean."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -163,7 +225,7 @@ def main() -> int:
     parser.add_argument("--choice", help="pytest -k expression instead of the family's own")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=1800, help="seconds for each run")
-    parser.add_argument("--lines", type=int, default=60, help="lines shown of a run with findings")
+    parser.add_argument("--lines", type=int, default=400, help="lines shown of a run with findings")
     options = parser.parse_args()
     runs = [
         (tool, family)
@@ -171,16 +233,13 @@ def main() -> int:
         for family in options.family or FAMILIES
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        findings = list(
-            pool.map(lambda run: check(*run, options.choice or _choice(*run), options.limit), runs)
-        )
+        findings = list(pool.map(lambda run: check(*run, options.choice, options.limit), runs))
     for found in findings:
         row = f"{found.tool:10} {found.family:17} {found.seconds:5.0f} s  "
         print(f"{row}{found.tests:45} {found.summary}")
     for found in findings:
         if not found.clean:
-            lines = found.output.splitlines()
-            print(f"\n--- {found.tool} {found.family}", *lines[-options.lines :], sep="\n")
+            print(f"\n--- {found.tool} {found.family}", *_report(found, options.lines), sep="\n")
     return int(not all(found.clean for found in findings))
 
 

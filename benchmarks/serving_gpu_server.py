@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cuda_engine import gpu, weights_of
+from engine_setup import gpu, weights_of
 from serving_clients import BATCH, LOADS, STEP_CONTEXT, Work
 from serving_vocabulary import write_tokenizer
 

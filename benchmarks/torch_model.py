@@ -22,7 +22,14 @@ from ringexport.checkpoint import RingConfig
 from ringexport.ops.rotary import rotary_tables
 from ringexport.runtime.backends.cuda.weights import DeviceMatrix, DeviceWeights
 
-__all__ = ["ATTENTION_WAYS", "EXPERT_WAYS", "MOST_GATHERED", "TorchModel", "TorchState"]
+__all__ = [
+    "ATTENTION_WAYS",
+    "EXPERT_WAYS",
+    "MOST_GATHERED",
+    "TorchModel",
+    "TorchState",
+    "forget_tuning",
+]
 
 ATTENTION_WAYS = ("flash", "products", "sdpa")
 """Decode attention: FlashAttention 2, two batched products, or what torch chooses by itself."""
@@ -140,7 +147,10 @@ class TorchModel:
     """The network with every tensor of a packed engine.
 
     Attributes:
-        weights: of the engine; gate and up rows are copied apart from each other.
+        weights: of the engine, whose gate and up rows alternate.
+        split: "copies" has a copy of these matrices with all gate rows first; "in place" changes
+            the weights, which are no use to the engine afterwards; "done" has found them so;
+            "on demand" copies at each use.
         capacity: most tokens of a sequence.
         attention: one of ATTENTION_WAYS, for one token a row.
         experts: one of EXPERT_WAYS.
@@ -149,6 +159,7 @@ class TorchModel:
 
     weights: DeviceWeights
     capacity: int
+    split: str = "copies"
     attention: str = "flash"
     experts: str = "grouped"
     expert_ids: dict[int, Tensor] = field(default_factory=dict)
@@ -163,8 +174,7 @@ class TorchModel:
         for layer in range(config.num_hidden_layers):
             for name in ("experts", "shared"):
                 if name == "experts" or config.is_moe_layer(layer):
-                    full = f"layers.{layer}.{name}.gate_up"
-                    self._apart[full] = _apart(self.weights.matrix(full))
+                    self._split(f"layers.{layer}.{name}.gate_up")
         for name in self._norm_names():
             self._norms[name] = self.weights[name].to(torch.bfloat16)
 
@@ -175,7 +185,20 @@ class TorchModel:
 
     def apart(self, name: str) -> DeviceMatrix:
         """Return a gate and up matrix with all gate rows first."""
-        return self._apart[name]
+        return self._apart.get(name) or _apart(self.weights.matrix(name))
+
+    def _split(self, name: str) -> None:
+        mixed = self.weights.matrix(name)
+        if self.split == "copies":
+            self._apart[name] = _apart(mixed)
+        elif self.split == "in place":
+            found = _apart(mixed)
+            mixed.values.copy_(found.values)
+            if mixed.scale is not None and found.scale is not None:
+                mixed.scale.copy_(found.scale)
+            self._apart[name] = mixed
+        elif self.split == "done":
+            self._apart[name] = mixed
 
     def new_state(self, batch: int) -> TorchState:
         """Return empty caches and zero states."""
@@ -306,7 +329,7 @@ class TorchModel:
         return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     def _dense(self, prefix: str, source: _Source) -> Tensor:
-        up = _product(source, _first(self._apart[prefix + "gate_up"]))
+        up = _product(source, _first(self.apart(prefix + "gate_up")))
         inner = _Source(_swiglu(up))
         return _product(inner, _first(self.weights.matrix(prefix + "down")))
 
@@ -322,14 +345,14 @@ class TorchModel:
             return torch.bmm(weight, values[..., None])[..., 0]
 
         rows = source.values.repeat_interleave(chosen, dim=0)
-        up = multiply(rows, self._apart[prefix + "gate_up"])
+        up = multiply(rows, self.apart(prefix + "gate_up"))
         inner = _swiglu(up)
         return multiply(inner, self.weights.matrix(prefix + "down")).view(count, chosen, -1)
 
     def _sorted(self, prefix: str, source: _Source, ids: Tensor) -> Tensor:
         """Sort the pairs by expert and multiply group by group; returns [N, k, D]."""
         count, chosen = ids.shape
-        gate_up = self._apart[prefix + "gate_up"]
+        gate_up = self.apart(prefix + "gate_up")
         flat, order = ids.flatten().sort()
         experts = torch.arange(1, len(gate_up.values) + 1, device=ids.device)
         ends = torch.searchsorted(flat, experts).to(torch.int32)
@@ -374,6 +397,22 @@ def _fla() -> Any:
         package = sys.modules.setdefault(name, types.ModuleType(name))
         package.__dict__.update(__path__=[path], __version__="")
     return importlib.import_module("fla.ops.simple_gla")
+
+
+def forget_tuning() -> None:
+    """Let FLA choose the tiles of its kernels for prompts anew, for the sizes of the next call.
+
+    It would keep those of the first call, whatever its size. Of the 48 ways of one kernel, which
+    take half a minute to compile, it chooses among the eight that suit heads of 128.
+    """
+    _fla()
+    state = importlib.import_module("fla.ops.common.chunk_h").chunk_fwd_kernel_h.fn
+    output = importlib.import_module("fla.ops.common.chunk_o").chunk_fwd_kernel_o.fn
+    for tuner in (state, output):
+        tuner.cache.clear()
+        tuner.cache_results = False
+    some = [one for one in state.configs if one.num_stages == 3 and one.num_warps in {2, 4}]
+    state.configs = some or state.configs
 
 
 def _first(matrix: DeviceMatrix) -> DeviceMatrix:

@@ -7,24 +7,37 @@ needs; four steps are one graph; and the fastest of several ways is what counts.
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from engine_point import median_seconds, open_engine
+from engine_setup import runner_of
 from torch import Tensor
-from torch_model import ATTENTION_WAYS, EXPERT_WAYS, TorchModel, TorchState
+from torch_model import (
+    ATTENTION_WAYS,
+    EXPERT_WAYS,
+    TorchModel,
+    TorchState,
+    forget_tuning,
+)
 
-from ringexport.model.layers import Step, block
+from ringexport.compare.gpu.opening import Gpu
+from ringexport.compare.gpu.traffic import expected_experts
+from ringexport.model.layers import Step, block, routed_experts
 from ringexport.model.linear_attention import plain
 from ringexport.model.state import ReferenceState, TokenLayout
 from ringexport.runtime.backends.cuda.network import PackedRows
 from ringexport.runtime.backends.cuda.weights import DeviceWeights
 
-LARGEST_ERROR = {"bf16": 0.05, "fp8": 0.3}
+LARGEST_ERROR = {"bf16": 0.05, "int8": 0.2, "fp8": 0.3, "fp8-all": 0.3}
 """Of what a layer adds, relative; a layer that is wrong is beyond 1. FP8 inputs round by 0.026, and
 products of few tokens amplify that."""
+WITHOUT_TORCH = frozenset({"int8"})
+"""Recipes for which torch has no grouped product."""
 LONG_CONTEXT = 16384
 """Beyond it torch's FlashAttention, which does not split a row's cache, loses to two products."""
+LEAST_DIVERSE = 0.9
+"""Of the experts that even routing would choose; a collapsed one makes any network look fast."""
 STEPS = 4
 """Decode steps of one graph: the states come back to where they began once, not in each step."""
 
@@ -87,20 +100,37 @@ class Truth:
         model, state = self.model, self.state
         layout = TokenLayout.build(width, None, state.position, "right", hidden.device)
         cos, sin = (table[layout.position] for table in (model.cos, model.sin))
-        step = Step(config=model.config, layout=layout, cos=cos, sin=sin, state=state, kernel=plain)
+        step = Step(
+            config=model.config,
+            layout=layout,
+            cos=cos,
+            sin=sin,
+            state=state,
+            kernel=plain,
+            experts=routed_experts,
+        )
         return block(layer, wide_layer(model, layer), hidden, step)[0]
 
 
-def check(weights: DeviceWeights, recipe: str, *, prompt: bool = False) -> None:
+def check(
+    place: Gpu,
+    weights: DeviceWeights,
+    recipe: str,
+    *,
+    prompt: bool = False,
+    split: str = "copies",
+) -> None:
     """Stop unless every layer of both is as close to fp32 as its rounding allows.
 
     Each layer gets the residual stream of the fp32 layers: over all layers the logits of a random
     network would tell nothing, since a rounding changes an expert and that changes all that
     follows. The median over tokens is compared, which a changed expert here and there leaves alone.
-    FLA tunes its kernel for prompts for half a minute, so they are checked only if asked for.
+    FLA tunes its kernels for prompts for seconds, so they are checked only if asked for.
     """
-    batch, model = 8, TorchModel(weights, capacity=128)
-    runner = open_engine(weights, batch, 128)
+    batch, model = 8, TorchModel(weights, capacity=128, split=split)
+    if prompt:
+        forget_tuning()
+    runner = runner_of(place, weights, batch, 128)
     errors: dict[str, float] = {}
 
     def compare(name: str, got: Tensor, true: Tensor, hidden: Tensor) -> None:
@@ -118,8 +148,9 @@ def check(weights: DeviceWeights, recipe: str, *, prompt: bool = False) -> None:
             hidden = weights["embedding"][ids].float()
             for layer in range(weights.config.num_hidden_layers):
                 after = exact.layer(layer, hidden, width)
-                found = model.layer(layer, hidden.bfloat16(), theirs, (batch, width))
-                compare(f"torch, {width} tokens", found.float(), after, hidden)
+                if recipe not in WITHOUT_TORCH:
+                    found = model.layer(layer, hidden.bfloat16(), theirs, (batch, width))
+                    compare(f"torch, {width} tokens", found.float(), after, hidden)
                 if width == 1:
                     found = hidden.clone()
                     runner.network._layer(layer, found, rows)  # noqa: SLF001 - one layer
@@ -139,11 +170,11 @@ def fill(state: TorchState) -> None:
         tensor.normal_()
 
 
-def ways(batch: int, context: int) -> list[tuple[str, str]]:
+def ways(weights: DeviceWeights, batch: int, context: int) -> list[tuple[str, str]]:
     """Return the ways of attention and experts that were the fastest somewhere near this size."""
     long = context > LONG_CONTEXT
     found = [("products" if long else "sdpa", "grouped")]
-    if batch == 1:
+    if batch == 1 and weights.matrix("layers.1.experts.down").scale is None:
         found.append(("products" if long else "flash", "gathered"))
     return found
 
@@ -164,6 +195,7 @@ def captured(model: TorchModel, tokens: Tensor, state: TorchState) -> torch.cuda
         state.position = position
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # tokens and states come from there
     with torch.cuda.stream(stream):
         run(1)
         stream.synchronize()
@@ -194,9 +226,35 @@ def kernels_of(graph: torch.cuda.CUDAGraph) -> int:
     return sum(1 for event in found.events() if "mem" not in event.name.lower()) // STEPS
 
 
-def time_torch(weights: DeviceWeights, batch: int, context: int) -> tuple[float, float, str, int]:
-    """Return seconds a step, distinct experts hit a layer, the fastest way and its kernels."""
-    model = TorchModel(weights, capacity=context + STEPS)
+@dataclass(frozen=True)
+class TorchTime:
+    """What torch takes for a decode step.
+
+    Attributes:
+        seconds: of a step.
+        way: the fastest one, in words.
+        kernels: of a step.
+        experts_hit: different ones, mean of the layers.
+    """
+
+    seconds: float
+    way: str
+    kernels: int
+    experts_hit: float
+
+
+def time_torch(
+    weights: DeviceWeights, batch: int, context: int, *, split: str = "copies"
+) -> TorchTime:
+    """Time decode steps, in the fastest of the ways that are worth trying.
+
+    Args:
+        weights: of the engine.
+        batch: rows.
+        context: tokens that each has seen.
+        split: see `TorchModel`.
+    """
+    model = TorchModel(weights, capacity=context + STEPS, split=split)
     generator = torch.Generator("cuda").manual_seed(0)
     tokens = torch.randint(
         0, weights.config.vocab_size, (batch, 1), generator=generator, device="cuda"
@@ -204,7 +262,7 @@ def time_torch(weights: DeviceWeights, batch: int, context: int) -> tuple[float,
     state = model.new_state(batch)
     fill(state)
     found: list[tuple[float, str, int]] = []
-    for attention, experts in ways(batch, context):
+    for attention, experts in ways(weights, batch, context):
         model.attention, model.experts, state.position = attention, experts, context
         name = f"{experts} experts, attention: {attention}"
         try:
@@ -219,16 +277,21 @@ def time_torch(weights: DeviceWeights, batch: int, context: int) -> tuple[float,
     if not found:
         sys.exit("torch has no way that runs")
     hit = statistics.mean(len(torch.unique(ids)) for ids in model.expert_ids.values())
-    seconds, name, kernels = min(found)
-    return seconds, hit, name, kernels
+    expected = expected_experts(weights.config, batch)
+    if hit < LEAST_DIVERSE * expected:
+        sys.exit(f"no speed is reported: {hit:.1f} experts a layer, {expected:.1f} are expected")
+    return TorchTime(*min(found), experts_hit=hit)
 
 
 def time_torch_prefill(weights: DeviceWeights, batch: int, length: int) -> float:
-    """Return torch's seconds for the same, without a graph."""
+    """Return torch's seconds for the same as `measure_prefill`, without a graph."""
     tokens = np.random.default_rng(0).integers(0, weights.config.vocab_size, (batch, length))
     model = TorchModel(weights, capacity=length)
-
-    def run() -> Tensor:
-        return model.forward(torch.from_numpy(tokens).cuda(), model.new_state(batch)).cpu()
-
-    return median_seconds(run)
+    forget_tuning()
+    times = []
+    for _ in range(4 if length <= LONG_CONTEXT else 3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        model.forward(torch.from_numpy(tokens).cuda(), model.new_state(batch)).cpu()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])

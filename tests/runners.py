@@ -54,17 +54,20 @@ def skip_if_missing(backend: str) -> None:
         return
     known = {info.name: info.missing for info in available_backends()}
     backend = "onnxruntime:cpu" if backend.endswith(":fake") else backend
+    backend = backend.removesuffix(":bf16").removesuffix(":fp16")
     if known[backend] is not None:
         pytest.skip(f"{backend} cannot run here: {known[backend]}")
 
 
-def export_tiny_graph(checkpoint: Path, directory: Path, provider: str = "cpu") -> Path:
+def export_tiny_graph(
+    checkpoint: Path, directory: Path, provider: str = "cpu", dtype: str = "fp32"
+) -> Path:
     """Write the checkpoint's graph into a new directory."""
     from ringexport.graph.export import export_graph
 
     directory.mkdir(parents=True)
     with CheckpointWeights.open(checkpoint) as weights:
-        export_graph(weights, directory, provider=provider)
+        export_graph(weights, directory, provider=provider, dtype=dtype)
     return directory
 
 
@@ -120,10 +123,11 @@ def _open_ort_cuda(backend: str, checkpoint: Path, graph: Path, prefill_chunk: i
     from ringexport.runtime.backends.ort_session import OrtOptions
     from tests.fake_trt import FakeCuda
 
-    directory = graph.parent / "ort-cuda"
+    fake, dtype = backend.endswith(":fake"), backend.split(":")[2:]
+    name = "fp32" if fake or not dtype else dtype[0]
+    directory = graph.parent / f"ort-cuda-{name}"
     if not directory.is_dir():
-        export_tiny_graph(checkpoint, directory, "cuda")
-    fake = backend.endswith(":fake")
+        export_tiny_graph(checkpoint, directory, "cuda", name)
     return OrtCudaRunner(
         directory,
         context_length=4096,

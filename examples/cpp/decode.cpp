@@ -2,8 +2,23 @@
 #include <algorithm>
 #include <cstdlib>
 #include <iostream>
+#include <stdexcept>
+#include <string>
 
 #include "ring_engine.h"
+
+namespace {
+
+int64_t number(char const* text) {
+  char* end = nullptr;
+  long long const value = std::strtoll(text, &end, 10);
+  if (end == text || *end != '\0' || value < 0) {
+    throw std::runtime_error("'" + std::string(text) + "' is no token id and no count");
+  }
+  return value;
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   if (argc < 5) {
@@ -11,10 +26,10 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    ring::Engine engine(argv[1], argv[2]);
-    int64_t const count = std::atoll(argv[3]);
+    int64_t const count = number(argv[3]);
     std::vector<int64_t> prompt;
-    std::transform(argv + 4, argv + argc, std::back_inserter(prompt), [](char* text) { return std::atoll(text); });
+    std::transform(argv + 4, argv + argc, std::back_inserter(prompt), number);
+    ring::Engine engine(argv[1], argv[2]);
     auto state = engine.new_state(1, static_cast<int64_t>(prompt.size()) + count);
     auto logits = engine.feed({prompt}, state);
     for (int64_t step = 0; step < count; ++step) {

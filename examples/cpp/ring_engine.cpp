@@ -88,7 +88,8 @@ Engine::Engine(std::string const& directory, std::string const& runtime_library)
   auto const plan = read_file(directory + "/engine.plan");
   engine_.reset(runtime_ ? runtime_->deserializeCudaEngine(plan.data(), plan.size()) : nullptr);
   if (!engine_) {
-    throw std::runtime_error("TensorRT cannot load " + directory + "/engine.plan: another version, or another GPU");
+    throw std::runtime_error("TensorRT cannot load " + directory +
+                             "/engine.plan: it is of another version, for another GPU, or cut off");
   }
   check(cudaStreamCreate(&stream_), "cudaStreamCreate");
   for (int32_t profile : {kDecode, kPrefill}) {
@@ -164,6 +165,11 @@ std::vector<float> Engine::feed(std::vector<std::vector<int64_t>> const& tokens,
   for (size_t row = 0; row < rows; ++row) {
     if (state.position[row] + lengths[row] > state.capacity) {
       throw std::runtime_error("the state is full: make it with a larger capacity");
+    }
+    for (int64_t const token : tokens[row]) {
+      if (token < 0 || token >= vocabulary_) {
+        throw std::runtime_error("token " + std::to_string(token) + " is not below " + std::to_string(vocabulary_));
+      }
     }
     std::copy(tokens[row].begin(), tokens[row].end(), ids.begin() + static_cast<int64_t>(row) * width);
     last.push_back(lengths[row] - 1);

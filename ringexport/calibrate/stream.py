@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ringexport.checkpoint import CheckpointWeights
-from ringexport.model.layers import Step, Weights, block, rms_norm
+from ringexport.model.layers import Step, Weights, block, rms_norm, routed_experts
 from ringexport.model.network import ReferenceModel
 from ringexport.model.state import ReferenceState, TokenLayout
 from ringexport.ops.decay import DecayIndex
@@ -95,6 +96,7 @@ class LayerStream(ReferenceModel):
             device=device,
         )
         self.config = config
+        self._step = partial(Step, config=config, experts=routed_experts)
         self._source = weights
 
     def load(self, layer: int) -> dict[str, Tensor]:
@@ -126,9 +128,7 @@ class LayerStream(ReferenceModel):
         width = int(batch.lengths.max())
         layout = TokenLayout.build(width, batch.lengths, state.position, "right", self.device)
         cos, sin = (table[layout.position] for table in self._rotary)
-        step = Step(
-            config=self.config, layout=layout, cos=cos, sin=sin, state=state, kernel=self._kernel
-        )
+        step = self._step(layout=layout, cos=cos, sin=sin, state=state, kernel=self._kernel)
         hidden, expert_ids = block(layer, weights, hidden, step)
         key = value = None
         if layer in state.kv_cache:

@@ -112,5 +112,5 @@ verify_option = click.option(
 backend_option = click.option(
     "--backend",
     metavar="NAME",
-    help="auto, onnxruntime:cpu or torch; default: RINGEXPORT_BACKEND, else auto.",
+    help="auto, torch or a target of the bundle; default: RINGEXPORT_BACKEND, else auto.",
 )

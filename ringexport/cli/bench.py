@@ -198,6 +198,12 @@ def command(
             app, bundle, backends[0], config, verify=verify, profile=profile, as_json=as_json
         )
         return
+    if profile:
+        raise bad_value(
+            "--profile",
+            "only the fast engine shows its kernels; give --random-weights, or none but a cuda"
+            " --backend",
+        )
     _bench_backends(app, choice, config, as_json=as_json)
 
 
@@ -253,8 +259,11 @@ def _check_lengths(config: "BenchConfig", limit: int) -> None:
         )
     longest = max(config.context) + config.decode
     if longest > limit:
+        larger, other = "--context", "--decode"
+        if config.decode > max(config.context):
+            larger, other = other, larger
         raise bad_value(
-            "--context", f"with --decode it makes {longest} tokens, the context holds {limit}"
+            larger, f"with {other} it makes {longest} tokens, the context holds {limit}"
         )
 
 
@@ -272,6 +281,7 @@ def _open_runners(
     from ringexport.runtime.registry import RunnerOptions
 
     bundle = EngineBundle.open(choice.bundle, verify=choice.verify, progress=progress)
+    _check_lengths(config, bundle.manifest.model.context_length)
     options = RunnerOptions(
         threads=app.settings.threads,
         checkpoint=choice.checkpoint,
@@ -292,6 +302,7 @@ def _open_runners(
             if backends:
                 raise
             skipped[name] = error.message
+            progress.note(f"{name} is not measured: {error.message}")
             continue
         finally:
             progress.finish()

@@ -37,12 +37,13 @@ def bench_random_weights(
         RingExportError: no GPU, no memory, wrong results, a collapsed router.
     """
     from ringexport.checkpoint import RingConfig
+    from ringexport.compare.gpu.grid import check_grid
     from ringexport.compare.gpu.opening import find_gpu, random_engine
     from ringexport.pipeline.packed import packed_recipe
 
     model = RingConfig.from_file(path)
     chosen = packed_recipe(recipe, model)
-    config.check(model.context_length)
+    check_grid(config, model.context_length)
     gpu = find_gpu(app.settings.kernel_library)
     about = {"config": str(path), "recipe": chosen.name, "weights": "random"}
     with app.terminal.progress() as progress:

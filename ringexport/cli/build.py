@@ -59,9 +59,8 @@ _ESTIMATE_KEYS = (
 @click.option(
     "--profile",
     metavar="NAME|FILE.toml",
-    default=BuildRequest.__dataclass_fields__["profile"].default,
-    show_default=True,
-    help="Shape ranges and builder options of TensorRT engines (engines/profiles).",
+    help="Shape ranges and builder options of TensorRT engines (engines/profiles).  "
+    "[default: default]",
 )
 @click.option(
     "--decay-index",
@@ -94,7 +93,7 @@ def command(
     *,
     recipe: str,
     targets: tuple[str, ...],
-    profile: str,
+    profile: str | None,
     decay_index: str,
     calibration: str | None,
     calibration_samples: int | None,
@@ -146,12 +145,12 @@ def command(
         f" in {sum(result.seconds.values()):.1f} s"
     )
     quantization = result.manifest.quantization
-    for note in quantization.notes if quantization is not None else ():
+    first = quantization.notes if quantization is not None else ()
+    shown = {*first, *result.untried.values()}
+    for note in (*first, *(note for note in result.notes if note not in shown)):
         terminal.say(f"note: {note}")
-    for note in result.notes:
-        if quantization is None or note not in quantization.notes:
-            terminal.say(f"note: {note}")
-    terminal.say(f'try it: ringexport run {shlex.quote(str(result.path))} "Once upon a time"')
+    where = "try it" if len(result.untried) < len(resolved.targets) else "where it can run"
+    terminal.say(f'{where}: ringexport run {shlex.quote(str(result.path))} "Once upon a time"')
 
 
 def _show_estimate(app: App, terminal: "Terminal", found: "BuildEstimate", as_json: bool) -> None:

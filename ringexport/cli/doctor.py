@@ -32,12 +32,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetCheck:
-    """One target: whether it can be built and run here, and if not, why and what to do."""
+    """One target: whether it can be built or run here, and if not, why and what to do."""
 
     target: str
     works: bool
     reason: str
     install: str | None = None
+    builds_only: bool = False
 
 
 @click.command("doctor")
@@ -65,7 +66,7 @@ def command(app: App, *, as_json: bool) -> None:
     terminal = app.terminal
     terminal.table(
         ("target", "works", "why", "to get it"),
-        [(t.target, _yes(t.works), t.reason, t.install or "") for t in targets],
+        [(t.target, _works(t), t.reason, t.install or "") for t in targets],
         title=f"Targets of ringexport {__version__} on this machine",
     )
     terminal.table(
@@ -159,7 +160,12 @@ def _tensorrt_target(
         )
     gpu = machine["NVIDIA GPU"]
     where = "here, if its GPU is the target's" if gpu.found else "on another machine: no GPU here"
-    return TargetCheck(target=target, works=True, reason=f"builds bundles; they run {where}")
+    return TargetCheck(
+        target=target,
+        works=True,
+        reason=f"builds bundles; they run {where}",
+        builds_only=not gpu.found,
+    )
 
 
 def _cuda_target(machine: dict[str, Check]) -> TargetCheck:
@@ -174,6 +180,7 @@ def _cuda_target(machine: dict[str, Check]) -> TargetCheck:
         works=True,
         reason=reason,
         install=missing[0].install if missing else None,
+        builds_only=bool(missing),
     )
 
 
@@ -190,7 +197,7 @@ def _onnxruntime_cuda_target(machine: dict[str, Check]) -> TargetCheck:
     reason = f"builds bundles; they do not run here: {info.missing}"
     if not onnx.found:
         return TargetCheck(target=name, works=False, reason="onnx is missing", install=onnx.install)
-    return TargetCheck(target=name, works=True, reason=reason, install=info.hint)
+    return TargetCheck(target=name, works=True, reason=reason, install=info.hint, builds_only=True)
 
 
 def stale_builds() -> list[str]:
@@ -248,7 +255,8 @@ def _check_kernels(path: Path | None) -> Check:
     place = path or DEFAULT_LIBRARY
     if not place.is_file():
         detail = f"there is no library at {place}"
-        return Check(name="CUDA kernels", found=False, detail=detail, install=BUILD_HINT)
+        install = f"{BUILD_HINT}, or name it in RINGEXPORT_KERNEL_LIBRARY"
+        return Check(name="CUDA kernels", found=False, detail=detail, install=install)
     try:
         KernelLibrary.open(place)
     except BackendUnavailableError as error:
@@ -361,6 +369,10 @@ def _check_disk() -> Check:
     usage = shutil.disk_usage(Path())
     detail = f"{usage.free / 1e9:.1f} GB free in the current directory"
     return Check(name="disk", found=usage.free > 1 << 30, detail=detail)
+
+
+def _works(target: TargetCheck) -> str:
+    return "builds" if target.builds_only else _yes(target.works)
 
 
 def _yes(value: bool) -> str:

@@ -224,6 +224,8 @@ def _hint(error: RingExportError) -> str | None:
         return "compare the files with the published ones, or download them again"
     if isinstance(error, ContextLengthError):
         return "give a shorter text"
+    if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return "check the path"
     return None
 
 

@@ -199,7 +199,9 @@ def _set_options(tensorrt: TensorRt, config: Any, options: BuildOptions) -> None
     flavor = tensorrt.flavor
     for name in sorted(flavor.lacks):
         if getattr(options, name):
-            raise ConfigError(f"{flavor.name} has no option {name}")
+            raise ConfigError(
+                f"{flavor.name} has no option {name}", hint="leave it out of the profile's options"
+            )
     for name in sorted(flavor.on_gpu):
         if getattr(options, name) and device_architecture() is None:
             raise BackendUnavailableError(

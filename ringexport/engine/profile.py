@@ -219,9 +219,11 @@ def _options(table: Any, path: Path) -> BuildOptions:
         wanted: type = bool if kinds[key] is False else str if key == "timing_cache" else int
         if type(entry) is not wanted:
             raise ConfigError(f"{where}.{key} is {entry!r}, expected {wanted.__name__}")
-    level = table.get("optimization_level", 0)
-    if not 0 <= level <= 5 or table.get("workspace_mib", 1) < 1:
-        raise ConfigError(f"{where}: optimization_level is 0 to 5, workspace_mib at least 1")
+    level, workspace = table.get("optimization_level", 0), table.get("workspace_mib", 1)
+    if not 0 <= level <= 5:
+        raise ConfigError(f"{where}.optimization_level is {level}, expected 0 to 5")
+    if workspace < 1:
+        raise ConfigError(f"{where}.workspace_mib is {workspace}, expected at least 1")
     cache = table.get("timing_cache")
     return BuildOptions(**(table | ({"timing_cache": Path(cache)} if cache else {})))
 

@@ -7,10 +7,13 @@ from typing import Any
 
 from ringexport.engine.layers import LayerRow
 from ringexport.errors import BundleError
+from ringexport.strict_json import read_object
 
 __all__ = ["ENGINE_SUFFIX", "EngineTable", "read_table"]
 
 ENGINE_SUFFIX = ".plan"
+_LIMIT_BYTES = 1 << 28
+_HINT = "copy the bundle again, or build it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +53,15 @@ def read_table(path: Path) -> EngineTable:
     kinds: dict[str, type[Any]] = {"engine_bytes": int}
     kinds |= dict.fromkeys(("versions", "counts", "options"), dict)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        found = {field.name: value[field.name] for field in fields(EngineTable)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"the layer table {path} cannot be read: {error!r:.200}",
-            hint="copy the bundle again, or build it again",
-        ) from error
+        value = read_object(path, limit_bytes=_LIMIT_BYTES, error=BundleError)
+    except BundleError as error:
+        message = f"the layer table of an engine cannot be used: {error.message}"
+        raise BundleError(message, hint=_HINT) from error
+    lacking = [field.name for field in fields(EngineTable) if field.name not in value]
+    if lacking:
+        raise BundleError(f"the layer table {path} lacks {', '.join(lacking)}", hint=_HINT)
+    found = {field.name: value[field.name] for field in fields(EngineTable)}
     for name, entry in found.items():
         if not isinstance(entry, kinds.get(name, str)):
-            raise BundleError(f"the layer table {path} has {name} {entry!r:.80}")
+            raise BundleError(f"the layer table {path} has {name} {entry!r:.80}", hint=_HINT)
     return EngineTable(**found)

@@ -26,6 +26,7 @@ OPS = {
     "rms_norm": "RmsNormParams",
     "router": "RouterParams",
     "sample": "SampleParams",
+    "embed": "EmbedParams",
 }
 BUILD_HINT = "cmake -S plugins -B build/plugins && cmake --build build/plugins"
 DEFAULT_LIBRARY = Path("build") / "plugins" / "libringkernels.so"

@@ -4,7 +4,7 @@
 dtype, norms and router wide, and the MLPs' matrices stacked (network.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ class Step:
     sin: Tensor
     state: ReferenceState
     kernel: LinearKernel
+    experts: Callable[[Tensor, Weights, Tensor, Tensor], Tensor]  # as `routed_experts`
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,7 +65,7 @@ def block(layer: int, weights: Weights, hidden: Tensor, step: Step) -> tuple[Ten
         return hidden + _swiglu(normed, weights["mlp.gate_up"][0], weights["mlp.down"][0]), None
     logits = F.linear(normed.to(weights["mlp.gate.weight"].dtype), weights["mlp.gate.weight"])
     expert_ids, routing_weights = route(logits, weights["mlp.gate.expert_bias"], step.config)
-    output = routed_experts(normed, weights, expert_ids, routing_weights)
+    output = step.experts(normed, weights, expert_ids, routing_weights)
     shared = weights["mlp.shared_experts.gate_up"][0], weights["mlp.shared_experts.down"][0]
     output += _swiglu(normed, *shared)
     return hidden + output.to(dtype), expert_ids
@@ -145,10 +146,8 @@ def route(logits: Tensor, expert_bias: Tensor, config: RingConfig) -> tuple[Tens
 def routed_experts(
     hidden: Tensor, weights: Weights, expert_ids: Tensor, routing_weights: Tensor
 ) -> Tensor:
-    """Return the weighted sum of the chosen experts [N, D] in the dtype of `routing_weights`.
-
-    Tokens are sorted by expert; one pass over the experts that have any.
-    """
+    """Return the weighted sum of the chosen experts [N, D] in the dtype of `routing_weights`."""
+    # Tokens are sorted by expert; one pass over the experts that have any.
     order = expert_ids.flatten().argsort(stable=True)
     token, factor = order // expert_ids.shape[1], routing_weights.flatten()[order, None]
     gate_up, down = weights["mlp.experts.gate_up"], weights["mlp.experts.down"]

@@ -1,12 +1,14 @@
 """The whole network in torch: the reference that every engine is compared with."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ringexport.checkpoint import CheckpointWeights, RingConfig
 from ringexport.errors import ShapeError
-from ringexport.model.layers import Step, block, rms_norm
+from ringexport.model.layers import Step, block, rms_norm, routed_experts
 from ringexport.model.linear_attention import resolve_kernel
 from ringexport.model.state import ReferenceState, TokenLayout
 from ringexport.ops.decay import DecayIndex, log_decay
@@ -40,6 +42,7 @@ class ReferenceModel:
         self.device = torch.device(device)
         self._wide = torch.float64 if dtype == torch.float64 else torch.float32
         self._kernel = resolve_kernel(kernels, self.device, dtype)
+        self._step = partial(Step, config=config, experts=routed_experts)
         tables = rotary_tables(config.inv_freq(), config.attention_factor, config.context_length)
         self._rotary = [torch.from_numpy(t).to(self.device, self._wide) for t in tables]
         # Logits are fp32, so their weights are too; a tied embedding is stored once, that way.
@@ -99,9 +102,7 @@ class ReferenceModel:
         state.check_room(layout)
         hidden = F.embedding(ids, self._embedding).to(self.dtype)
         cos, sin = (table[layout.position] for table in self._rotary)
-        step = Step(
-            config=config, layout=layout, cos=cos, sin=sin, state=state, kernel=self._kernel
-        )
+        step = self._step(layout=layout, cos=cos, sin=sin, state=state, kernel=self._kernel)
         for layer, weights in enumerate(self._layers if ids.numel() else ()):
             hidden, expert_ids = block(layer, weights, hidden, step)
             if taps is not None:

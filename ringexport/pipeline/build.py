@@ -41,7 +41,7 @@ from ringexport.pipeline.target_schemes import (
 from ringexport.pipeline.tensorrt import TensorRtTarget, prepare_tensorrt
 from ringexport.progress import NoProgress, Progress
 from ringexport.quantize.run import estimate as estimate_quantization
-from ringexport.runtime.registry import open_bundle_runner
+from ringexport.runtime.registry import check_backend, open_bundle_runner
 from ringexport.runtime.tokenizer import ModelTokenizer
 from ringexport.version import __version__
 
@@ -101,6 +101,8 @@ class BuildResult:
         nbytes: of all files.
         seconds: stage to wall time.
         notes: what the user should know.
+        untried: those of the notes that say which target cannot be tried here, by target; they
+            were told to the progress, too.
     """
 
     path: Path
@@ -108,6 +110,7 @@ class BuildResult:
     nbytes: int
     seconds: dict[str, float]
     notes: tuple[str, ...]
+    untried: dict[str, str]
 
 
 class _Clock:
@@ -174,6 +177,7 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
     progress = progress or NoProgress()
     clock = _Clock()
     notes: list[str] = []
+    untried: dict[str, str] = {}
     resolved = resolve(request)
     log.debug("%s is resolved to %s", request, resolved)
     _check_paths(request)
@@ -188,13 +192,14 @@ def build(request: BuildRequest, *, progress: Progress | None = None) -> BuildRe
         size = _bundle_bytes(request, weights, plan)
         with BundleWriter(request.output, expected_bytes=size) as writer:
             job = _Job(request, resolved, plan, weights, writer, engines)
-            complete = _write(job, clock, progress, notes)
+            complete = _write(job, clock, progress, notes, untried)
     return BuildResult(
         path=request.output,
         manifest=complete,
         nbytes=sum(entry.size for entry in complete.files),
         seconds=clock.seconds,
-        notes=tuple(notes),
+        notes=(*notes, *untried.values()),
+        untried=untried,
     )
 
 
@@ -228,7 +233,9 @@ def _plan(
     return plan.with_gate(gate)
 
 
-def _write(job: _Job, clock: _Clock, progress: Progress, notes: list[str]) -> Manifest:
+def _write(
+    job: _Job, clock: _Clock, progress: Progress, notes: list[str], untried: dict[str, str]
+) -> Manifest:
     """Quantize if asked for, write everything and put it in place."""
     request, writer = job.request, job.writer
     start = time.perf_counter()
@@ -256,7 +263,7 @@ def _write(job: _Job, clock: _Clock, progress: Progress, notes: list[str]) -> Ma
 
         def check(bundle: EngineBundle) -> None:
             with clock.stage("try"):
-                _try_targets(bundle, progress, notes)
+                untried.update(_try_targets(bundle, progress))
 
         start = time.perf_counter()
         complete = writer.commit(manifest, progress=progress, check=check)
@@ -438,29 +445,36 @@ def _manifest(
     )
 
 
-def _try_targets(bundle: EngineBundle, progress: Progress, notes: list[str]) -> None:
-    """Run a few tokens through every target before the bundle takes its place."""
-    memory = _memory_bytes()
+def _try_targets(bundle: EngineBundle, progress: Progress) -> dict[str, str]:
+    """Run a few tokens through every target before the bundle takes its place.
+
+    Returns:
+        Target to the note why it was not tried.
+    """
+    memory, untried = _memory_bytes(), {}
     for target in bundle.targets:
         if memory is not None and _MEMORY_FACTOR * bundle.nbytes > memory:
-            notes.append(f"{target} was not tried: this machine has too little memory to load it")
-            progress.note(notes[-1])
+            reason = "this machine has too little memory to load it"
+            untried[target] = f"{target} was not tried: {reason}"
+            progress.note(untried[target])
             continue
-        progress.start(f"trying {target}")
         try:
+            check_backend(bundle, target)
+            progress.start(f"trying {target}")
             with closing(open_bundle_runner(bundle, target)) as runner:
                 state = runner.new_state(1)
                 tokens = [[0, 1, bundle.manifest.model.vocab_size - 1]]
                 logits = runner.prefill(tokens, None, state)
                 finite = bool((abs(logits) < float("inf")).all())
         except BackendUnavailableError as error:
-            notes.append(f"{target} was not tried: {error.message}")
-            progress.note(notes[-1])
+            untried[target] = f"{target} was not tried: {error.message}"
+            progress.note(untried[target])
             continue
         finally:
             progress.finish()
         if not finite:
             raise RingExportError(f"the new {target} graph computes NaN or infinity")
+    return untried
 
 
 def _memory_bytes() -> int | None:

@@ -226,7 +226,9 @@ def _describe_engine(path: Path) -> Description:
     size = path.stat().st_size
     if size != found.engine_bytes:
         raise ConfigError(
-            f"the engine {path} has {size} bytes, expected {found.engine_bytes}: it is truncated"
+            f"the engine {path} has {size:,} bytes, expected {found.engine_bytes:,}:"
+            " it is truncated",
+            hint="copy the bundle again, or build it again",
         )
     facts: dict[str, object] = {
         "target": found.target,

@@ -47,7 +47,7 @@ class QuantizationPlan:
         rows: the same in short, unquantized kinds included.
         resolved: the recipe with all of its modules; None for a checkpoint that stays as it is.
         calibration: where the stats come from; None if none are needed.
-        unused_calibration: the user asked for a calibration that nothing needs.
+        unused_calibration: the user asked for a calibration, and the recipe quantizes without one.
         gate: that the quantized model has to pass, None for none.
         targets: that have to run it.
     """
@@ -90,8 +90,8 @@ def plan_quantization(
         targets: that have to run it.
 
     Raises:
-        ConfigError: an unknown recipe, one for a quantized checkpoint, or one that a target does
-            not run.
+        ConfigError: an unknown recipe, one for a quantized checkpoint, one that a target does not
+            run, or a calibration for one that quantizes nothing.
         CalibrationError: prompts or stats that cannot be used.
     """
     config = weights.config
@@ -99,12 +99,8 @@ def plan_quantization(
         return _plan_stored(weights, recipe, calibration, targets)
     if recipe == AUTO or recipe in UNQUANTIZED:
         name = unquantized_recipe(targets) if recipe == AUTO else recipe
-        return QuantizationPlan(
-            name=name,
-            schemes={},
-            targets=targets,
-            unused_calibration=calibration.is_explicit,
-        )
+        _refuse_calibration(calibration, name)
+        return QuantizationPlan(name=name, schemes={}, targets=targets)
     resolved = resolve_recipe(load_recipe(recipe), config)
     schemes = {name: entry.scheme for name, entry in resolved.quantized.items()}
     found = resolved.recipe
@@ -116,7 +112,11 @@ def plan_quantization(
             kv_cache=None if found.kv_cache is None else found.kv_cache.format,
             state=found.recurrent_state,
         )
+    if not schemes:
+        _refuse_calibration(calibration, found.name)
     needed = bool(resolved.stats_reasons)
+    if calibration.stats is not None and not needed:
+        CalibrationPlan(calibration)
     return QuantizationPlan(
         name=found.name,
         schemes=schemes,
@@ -139,6 +139,7 @@ def _plan_stored(
             f"{weights.path} is quantized already, so the recipe {recipe} cannot be applied",
             hint="leave out --recipe to build it as it is, or use the bf16 checkpoint",
         )
+    _refuse_calibration(calibration, AS_STORED)
     stored = weights.config.quantization
     for target in targets:
         check_runnable(
@@ -152,8 +153,16 @@ def _plan_stored(
         schemes=weights.schemes,
         targets=targets,
         rows=_stored_rows(weights.config, weights.schemes),
-        unused_calibration=calibration.is_explicit,
     )
+
+
+def _refuse_calibration(calibration: CalibrationRequest, recipe: str) -> None:
+    if calibration.is_explicit:
+        raise ConfigError(
+            f"a calibration is given, and the recipe {recipe} quantizes nothing",
+            hint="leave out --calibration, --calibration-samples and --stats,"
+            " or choose a recipe such as int8",
+        )
 
 
 def _settled(

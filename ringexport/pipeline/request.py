@@ -136,7 +136,8 @@ class BuildRequest:
         threads: for quantizing; they do not change the result.
         gate: limits such as "ppl=0.5%,kl=0.005,top1=97%"; None for none.
         gate_fallback: leave the worst modules unquantized until the gate is passed.
-        profile: shape ranges of TensorRT engines: the name of a shipped profile or a .toml file.
+        profile: shape ranges of TensorRT engines: the name of a shipped profile or a .toml file;
+            None for the default.
         plugin_library: plugins for TensorRT engines, None for the default place.
     """
 
@@ -151,7 +152,7 @@ class BuildRequest:
     threads: int = 1
     gate: str | None = None
     gate_fallback: bool = False
-    profile: str = "default"
+    profile: str | None = None
     plugin_library: Path | None = None
 
 

@@ -15,9 +15,9 @@ from ringexport.engine.build import (
 )
 from ringexport.engine.flavor import FLAVORS, TensorRt, open_tensorrt
 from ringexport.engine.plugins import NO_KERNELS, PLUGIN_LIBRARY_FILE, PluginLibrary, find_library
-from ringexport.engine.profile import EngineProfile, load_profile
+from ringexport.engine.profile import SHIPPED, EngineProfile, load_profile
 from ringexport.engine.target import EngineTarget
-from ringexport.errors import OutputError
+from ringexport.errors import ConfigError, OutputError
 from ringexport.ops.decay import DecayIndex
 from ringexport.pipeline.request import BuildRequest, target_directory
 from ringexport.pipeline.target_io import target_io
@@ -116,15 +116,22 @@ def prepare_tensorrt(
     """Return the TensorRT targets of a build by name, after checking all that they need.
 
     Raises:
-        ConfigError: an unknown profile, or a model whose sizes the kernels do not take.
+        ConfigError: an unknown profile, one that no target uses, or a model whose sizes the kernels
+            do not take.
         BackendUnavailableError: TensorRT or the plugin library is missing.
         VersionError: the plugin library is of another version.
     """
     parsed = [EngineTarget.parse(name) for name in resolved.targets]
     targets = [target for target in parsed if target is not None]
+    if not targets and request.profile is not None:
+        raise ConfigError(
+            f"an engine profile is given, and no TensorRT engine is built for"
+            f" {', '.join(resolved.targets)}",
+            hint="leave out --profile, or choose a target such as tensorrt:sm_90",
+        )
     if not targets:
         return {}
-    profile = load_profile(request.profile)
+    profile = load_profile(request.profile or SHIPPED)
     for target in targets:
         check_model(target.name, config)
     library = find_library(request.plugin_library)

@@ -19,6 +19,7 @@ __all__ = [
     "BackendInfo",
     "RunnerOptions",
     "available_backends",
+    "check_backend",
     "open_bundle_runner",
     "open_checkpoint_runner",
 ]
@@ -136,12 +137,22 @@ def open_bundle_runner(
     return _open_onnxruntime(bundle, name, options)
 
 
+def check_backend(bundle: EngineBundle, backend: str, options: RunnerOptions | None = None) -> None:
+    """Say whether a target of a bundle can run here, as far as that is known without loading it.
+
+    Raises:
+        BackendUnavailableError: as `open_bundle_runner`.
+    """
+    _choose_target(bundle, backend, options or RunnerOptions())
+
+
 def _open_onnxruntime(bundle: EngineBundle, name: str, options: RunnerOptions) -> Runner:
     from ringexport.runtime.backends.ort import OrtOptions, OrtRunner  # noqa: PLC0415 - on demand
     from ringexport.runtime.backends.ort_cuda import OrtCudaRunner  # noqa: PLC0415 - on demand
 
     target = bundle.targets[name]
-    kind = OrtCudaRunner if name == "onnxruntime:cuda" else OrtRunner
+    on_gpu = name == "onnxruntime:cuda"
+    kind = OrtCudaRunner if on_gpu else OrtRunner
     return kind(
         bundle.directory / target.directory,
         context_length=target.limits.get("context_length", bundle.manifest.model.context_length),
@@ -151,6 +162,7 @@ def _open_onnxruntime(bundle: EngineBundle, name: str, options: RunnerOptions) -
             threads=options.threads,
             spin=options.spin,
             prefill_chunk=options.prefill_chunk,
+            cuda_graph=on_gpu,
         ),
     )
 
@@ -170,13 +182,13 @@ def open_checkpoint_runner(
         CheckpointError, ConfigError: the checkpoint cannot be used.
     """
     options = options or RunnerOptions()
-    info = _known_backend("torch" if backend == "auto" else backend)
-    if info.name != "torch":
+    name = "torch" if backend == "auto" else backend
+    if _is_gpu_target(name) or _known_backend(name).name != "torch":
         raise BackendUnavailableError(
             f"the backend {backend} cannot run a checkpoint, only a bundle",
             hint=f"build one: ringexport build {checkpoint} -o BUNDLE",
         )
-    _require(info)
+    _require(_known_backend(name))
     return _torch_runner(
         checkpoint, options, options.decay_index, partial(_checkpoint_digest, checkpoint, options)
     )
@@ -234,6 +246,11 @@ def _is_packed(name: str) -> bool:
     return name.startswith("cuda:")
 
 
+def _is_gpu_target(name: str) -> bool:
+    """Say whether a name is that of a target which is a backend of the bundles that have it."""
+    return _is_engine(name) or _is_packed(name)
+
+
 def _open_packed(bundle: EngineBundle, name: str, options: RunnerOptions) -> Runner:
     from ringexport.runtime.backends.cuda import open as cuda  # noqa: PLC0415 - on demand
 
@@ -246,6 +263,7 @@ def _open_packed(bundle: EngineBundle, name: str, options: RunnerOptions) -> Run
             max_batch=options.max_batch,
             max_context=options.max_context,
             prefill_chunk=options.prefill_chunk,
+            capture_ahead=True,
         ),
     )
 
@@ -298,15 +316,16 @@ def _require(info: BackendInfo) -> None:
 def _choose_target(bundle: EngineBundle, backend: str, options: RunnerOptions) -> str:
     """Return the target to run; backends other than torch are named like targets."""
     if backend != "auto":
-        info = _known_backend(backend, bundle, options)
         if backend not in bundle.targets:
+            if not _is_gpu_target(backend):
+                _known_backend(backend, bundle, options)
             runnable = [one.name for one in available_backends() if one.name in bundle.targets]
             raise BackendUnavailableError(
                 f"the bundle {bundle.directory} has no target {backend},"
                 f" it has {', '.join(bundle.targets) or 'none'}",
                 hint=f"choose {' or '.join(['auto', *runnable, 'torch'])}",
             )
-        _require(info)
+        _require(_known_backend(backend, bundle, options))
         return backend
     backends = (*_engines(bundle, options), *available_backends())
     for info in backends:

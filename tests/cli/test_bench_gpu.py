@@ -41,8 +41,14 @@ def test_bench_of_random_weights_refuses(call: Call, bundle: Path, tiny_checkpoi
     assert_refused(call("bench", bundle, *config), 2, "either a BUNDLE or --random-weights")
     assert_refused(call("bench", *config, "--backend", "torch"), 2, "'--backend'")
     assert_refused(call("bench", bundle, "--recipe", "fp8"), 2, "'--recipe'")
+    only = ("--backend", "onnxruntime:cpu", "--backend", "torch")
+    for backends in ((), only[:2], only[2:], only, (*only, "--backend", "cuda:sm_90")):
+        refused = call("bench", bundle, "--profile", *backends)
+        assert_refused(refused, 2, "'--profile'", "only the fast engine")
+    assert_refused(call("bench", "--random-weights", "no.json"), 3, "no.json", "check the path")
     assert_refused(call("bench", *config, "--recipe", "int8-weight-only"), 3, "not quantized")
     assert_refused(call("bench", *config, "--context", "5000"), 3, "the context holds 4096")
+    assert_refused(call("bench", *config, "--batch", "8,257"), 3, "257 rows", "takes 256 at most")
     assert_refused(call("bench", bundle, "--backend", "cuda:sm_90"), 4, "no target cuda:sm_90")
 
 

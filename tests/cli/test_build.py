@@ -112,6 +112,12 @@ def test_resolve_gives_one_hashable_value() -> None:
         (["--target", "tensorrt-rtx:sm_90"], 3, ["do not run on sm_90", "sm_120"]),
         (["--target", "tensorrt-rtx:sm_89", "--recipe", "fp32"], 3, ["compute in bf16"]),
         (["--target", "tensorrt-rtx:sm_89", "--profile", "fast"], 3, ["unknown engine profile"]),
+        (["--profile", "nope"], 3, ["no TensorRT engine is built for onnxruntime:cpu"]),
+        (["--profile", "default"], 3, ["an engine profile is given", "leave out --profile"]),
+        (["--stats", "no.stats"], 3, ["a calibration is given", "fp32 quantizes nothing"]),
+        (["--calibration", "no", "--recipe", "bf16"], 3, ["bf16 quantizes nothing", "--stats"]),
+        (["--calibration-samples", "2", "--dry-run"], 3, ["a calibration is given"]),
+        (["--stats", "no", "--recipe", "fp8"], 3, ["cannot read the calibration stats no"]),
     ],
 )
 def test_requests_that_are_refused(

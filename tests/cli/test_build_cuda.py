@@ -34,9 +34,30 @@ def test_build_packs_the_weights(call: Call, tmp_path: Path, recipe: str, dtype:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_run_says_what_is_missing(call: Call, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    assert call("build", RING_NANO, "-o", out, "--target", "cuda:sm_90").code == 0
+    built = call("build", RING_NANO, "-o", out, "--target", "cuda:sm_90")
+    assert built.code == 0
+    assert "note: cuda:sm_90 was not tried: the backend cuda:sm_90 cannot run here" in built.err
+    assert "trying" not in built.err
     assert_refused(call("run", out, "x"), 4, "torch sees no CUDA device")
     assert_refused(call("run", out, "x", "--backend", "cuda:sm_90"), 4, "NVIDIA GPU")
+
+
+def test_a_profile_is_for_tensorrt_alone(call: Call, tmp_path: Path) -> None:
+    arguments = ("-o", tmp_path / "out", "--target", "cuda:sm_90", "--profile", "default")
+    refused = call("build", RING_NANO, *arguments)
+    assert_refused(refused, 3, "no TensorRT engine is built for cuda:sm_90")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_bench_says_at_once_what_it_leaves_out(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    assert call("build", RING_NANO, "-o", out, "--target", "cuda:sm_90").code == 0
+    short = ("--prefill", "4", "--context", "4", "--decode", "2", "--repeat", "1")
+    called = call("bench", out, *short)
+    assert called.code == 0, called.err
+    assert "note: cuda:sm_90 is not measured: the backend cuda:sm_90 cannot run here" in called.err
+    assert "not measured: cuda:sm_90" in called.out
 
 
 def test_one_bundle_holds_several_targets(call: Call, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from ringexport.bundle import EngineBundle
 from ringexport.cli import main as main_module
+from ringexport.cli.doctor import Check, check_targets
 from ringexport.errors import ConfigError, ToleranceExceededError
+from ringexport.runtime.registry import BackendInfo
 from tests.checkpoints import make_checkpoint
 from tests.cli.conftest import Call, assert_refused
 
@@ -111,7 +113,11 @@ def test_run_chat_uses_the_template(call: Call, bundle: Path) -> None:
         (["x", "--top-k", "9" * 30], 2, ["'--top-k'"]),
         (["x", "--max-new-tokens", "9" * 30], 2, ["'--max-new-tokens'"]),
         (["x", "--backend", "gpu"], 4, ["no backend 'gpu'", "onnxruntime:cpu", "torch"]),
-        (["x", "--backend", "onnxruntime:cuda"], 4, []),
+        (["x", "--backend", "onnxruntime:cuda"], 4, ["has no target onnxruntime:cuda"]),
+        (["x", "--backend", "cuda:sm_90"], 4, ["no target cuda:sm_90, it has onnxruntime:cpu"]),
+        (["x", "--backend", "tensorrt:sm_90"], 4, ["has no target tensorrt:sm_90, it has"]),
+        (["x", "--backend", "tensorrt-rtx:sm_89+sm_120"], 4, ["has no target tensorrt-rtx:"]),
+        (["--input", "no.jsonl", "--output", "out.jsonl"], 3, ["no.jsonl", "check the path"]),
         (["x", "--temperature", "-1"], 2, ["temperature"]),
         (["x" * 9000], 3, ["holds 4,096"]),
         (["\udcff"], 3, ["not UTF-8"]),
@@ -321,12 +327,15 @@ def test_bench_refuses(call: Call, bundle: Path) -> None:
     for option, value, text in (
         ("--prefill", "9999", "holds 4096"),
         ("--context", "8,4090", "holds 4096"),
+        ("--decode", "4090", "with --context it makes 4218 tokens"),
+        ("--decode", "16777216", "holds 4096"),
         ("--batch", "100000000", "1 to 1,024"),
         ("--batch", "1,0", "1 to 1,024"),
         ("--context", "9" * 18, "not in the range"),
     ):
         called = call("bench", bundle, *only, option, value)
         assert_refused(called, 2, f"'{option}'", text)
+        assert "loading" not in called.err
 
 
 def test_inspect_a_checkpoint(call: Call, tiny_checkpoint: Path) -> None:
@@ -377,6 +386,7 @@ def test_doctor(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     targets = {target["target"]: target for target in called.json["targets"]}
     assert targets["onnxruntime:cpu"]["works"]
     assert not targets["tensorrt:sm_.."]["works"]
+    assert not targets["onnxruntime:cpu"]["builds_only"]
     machine = {check["name"]: check for check in called.json["machine"]}
     assert {"nvcc", "cmake", "g++", "TensorRT headers"} <= machine.keys()
     assert called.json["stale_builds"] == ["bundles/out.tmp-0123"]
@@ -393,6 +403,39 @@ def test_doctor_without_packages(call: Call, monkeypatch: pytest.MonkeyPatch) ->
     assert not targets["onnxruntime:cpu"]["works"]
     assert targets["onnxruntime:cpu"]["install"] == "pip install 'ringexport[ort]'"
     assert targets["torch"]["install"] == "pip install 'ringexport[torch]'"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_doctor_tells_building_from_running(monkeypatch: pytest.MonkeyPatch, *, gpu: bool) -> None:
+    names = ("numpy", "onnx", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
+    names += ("TensorRT plugins", "CUDA kernels")
+    machine = {name: Check(name=name, found=True, detail="") for name in names}
+    machine["NVIDIA GPU"] = Check(name="NVIDIA GPU", found=gpu, detail="")
+    backend = BackendInfo(name="onnxruntime:cuda", missing=None if gpu else "no GPU")
+    monkeypatch.setattr("ringexport.runtime.registry.available_backends", lambda: (backend,))
+    found = {one.target.partition(":sm_")[0]: one for one in check_targets(machine)}
+    assert [name for name, one in found.items() if not one.works] == ([] if gpu else ["tensorrt"])
+    builds_only = {name for name, one in found.items() if one.builds_only}
+    on_gpus = {"tensorrt-rtx", "cuda", "onnxruntime:cuda"}
+    assert builds_only == (set() if gpu else on_gpus)
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_doctor_shows_what_builds_only(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = call("doctor").out.splitlines()
+    rows = {line.split()[0]: line.split()[1] for line in shown if line.count(":") and line.split()}
+    assert rows["cuda:sm_80/86/89/90/100/120"] == rows["onnxruntime:cuda"] == "builds"
+    assert rows["onnxruntime:cpu"] == "yes"
+
+
+def test_doctor_names_the_variable_of_the_kernels(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RINGEXPORT_KERNEL_LIBRARY", str(tmp_path / "none.so"))
+    machine = {check["name"]: check for check in call("doctor", "--json").json["machine"]}
+    kernels = machine["CUDA kernels"]["install"]
+    assert kernels.endswith("or name it in RINGEXPORT_KERNEL_LIBRARY")
 
 
 def test_doctor_without_tools(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

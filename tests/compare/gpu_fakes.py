@@ -1,7 +1,8 @@
 """A GPU that is not there: what the grid calls, with results that are known beforehand."""
 
-from types import TracebackType
-from typing import Any, Self
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from ringexport.compare.gpu import grid
 from ringexport.compare.gpu.agreement import Agreement, LogitsError
 from ringexport.compare.gpu.decode import DecodeSpeed
+from ringexport.compare.gpu.memory import EngineMemory
 from ringexport.compare.gpu.opening import Gpu
 from ringexport.compare.gpu.prefill import PrefillSpeed
 from ringexport.compare.gpu.profile import KernelTime, StepProfile
@@ -30,27 +32,17 @@ def fake_gpu() -> Gpu:
     )
 
 
-class FakeRunner:
-    """Has room for 8 rows."""
-
-    def __init__(self, weights: Any, library: Any, *, model_digest: Any, options: Any) -> None:
-        del weights, library, model_digest
-        if options.max_batch > MAX_ROWS:
-            raise RingExportError(f"{options.max_batch} sequences need too much memory")
-        self.plan = MemoryPlan(
-            weights=GB, recurrent_state=GB, kv_cache=GB, workspace=GB, slots=1, capacity=1
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
+def open_runner(
+    weights: Any, library: Any, *, model_digest: Any, options: Any
+) -> AbstractContextManager[Any]:
+    """Return a runner with room for 8 rows, of which only the plan is known."""
+    del weights, library, model_digest
+    if options.max_batch > MAX_ROWS:
+        raise RingExportError(f"{options.max_batch} sequences need too much memory")
+    plan = MemoryPlan(
+        weights=GB, recurrent_state=GB, kv_cache=GB, workspace=GB, slots=1, capacity=1
+    )
+    return nullcontext(SimpleNamespace(plan=plan))
 
 
 def agreement(*, error: float = 0.01, noise: float = 0.008) -> Agreement:
@@ -95,10 +87,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     def prefill(*_: Any, batch: int, tokens: int, **__: Any) -> PrefillSpeed:
         return PrefillSpeed(batch=batch, tokens=tokens, ms=10.0, spread=0.0)
 
-    monkeypatch.setattr(grid, "CudaRunner", FakeRunner)
+    def memory(runner: Any, before: int) -> EngineMemory:
+        assert before == GB
+        return EngineMemory(plan=runner.plan, measured=4 * GB + GB // 10)
+
+    monkeypatch.setattr(grid, "CudaRunner", open_runner)
     monkeypatch.setattr(grid, "check_engine", lambda *_: [agreement()])
     monkeypatch.setattr(grid, "measure_decode", decode)
     monkeypatch.setattr(grid, "profile_decode", profile)
     monkeypatch.setattr(grid, "measure_prefill", prefill)
     monkeypatch.setattr(grid, "measure_read_rate", lambda _: READ_RATE)
-    monkeypatch.setattr(grid, "used_bytes", lambda _: 5 * GB + GB // 10)
+    monkeypatch.setattr(grid, "measure_memory", memory)
+    monkeypatch.setattr(grid, "forget_peak", lambda: None)

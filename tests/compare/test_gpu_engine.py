@@ -1,7 +1,8 @@
 """Checks and measurements of the fast engine, with the reference in its place."""
 
-from types import TracebackType
-from typing import Any, Self
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,21 +21,9 @@ from tests.compare.test_gpu_reference import RING_NANO
 CPU = torch.device("cpu")
 
 
-class HostTimer:
-    """Says that everything takes a second."""
-
-    seconds = 1.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
+def one_second() -> AbstractContextManager[Any]:
+    """Return a timer that says that everything takes a second."""
+    return nullcontext(SimpleNamespace(seconds=1.0))
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +98,8 @@ def runner_tokens(runner: ReferenceEngine) -> Any:
 
 
 def test_steps_are_timed(weights: DeviceWeights, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift, "GpuTimer", HostTimer)
-    monkeypatch.setattr(decode, "GpuTimer", HostTimer)
+    monkeypatch.setattr(drift, "GpuTimer", one_second)
+    monkeypatch.setattr(decode, "GpuTimer", one_second)
     assert drift.time_steps(engine(weights, 1, 64), 64, window=16) == [1 / 16] * 4
     runner = engine(weights, 2, 40)
     found = decode.measure_decode(

@@ -8,7 +8,7 @@ import pytest
 
 from ringexport.compare.tolerances import drift_bound
 from ringexport.errors import ContextLengthError, RingExportError, ShapeError
-from ringexport.runtime.runner import Runner
+from ringexport.runtime.runner import Logits, Runner
 from ringexport.runtime.state import DecodeState, StateSnapshot
 from tests.conformance.conftest import CUDA, Bounds, TinyModel
 from tests.numerics import assert_close, assert_same
@@ -28,11 +28,14 @@ def fed(runner: Runner, tokens: Ids, lengths: list[int] | None = None) -> Decode
 
 
 def assert_states_close(found: DecodeState, expected: DecodeState, bounds: Bounds) -> None:
-    mine, theirs = found.snapshot(), expected.snapshot()
-    np.testing.assert_array_equal(mine.position, theirs.position)
-    assert mine.tensors.keys() == theirs.tensors.keys()
-    for name, tensor in mine.tensors.items():
-        assert_close(tensor, theirs.tensors[name], rtol=bounds.state)
+    assert_snapshots_close(found.snapshot(), expected.snapshot(), bounds)
+
+
+def assert_snapshots_close(found: StateSnapshot, expected: StateSnapshot, bounds: Bounds) -> None:
+    np.testing.assert_array_equal(found.position, expected.position)
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, tensor in found.tensors.items():
+        assert_close(tensor, expected.tensors[name], rtol=bounds.state)
 
 
 def assert_snapshots_same(found: StateSnapshot, expected: StateSnapshot) -> None:
@@ -40,6 +43,22 @@ def assert_snapshots_same(found: StateSnapshot, expected: StateSnapshot) -> None
     assert found.tensors.keys() == expected.tensors.keys()
     for name, tensor in found.tensors.items():
         assert_same(tensor, expected.tensors[name])
+
+
+def assert_repeated(found: Logits, expected: Logits, bounds: Bounds) -> None:
+    """Check the logits of one call, made twice on the same state."""
+    if bounds.repeatable:
+        assert_same(found, expected)
+    else:
+        assert_close(found, expected, rtol=bounds.logits)
+
+
+def assert_states_repeated(found: DecodeState, expected: StateSnapshot, bounds: Bounds) -> None:
+    """Check the state behind one call, made twice on the same state."""
+    if bounds.repeatable:
+        assert_snapshots_same(found.snapshot(), expected)
+    else:
+        assert_snapshots_close(found.snapshot(), expected, bounds)
 
 
 def relative_error(found: StateSnapshot, expected: StateSnapshot) -> float:
@@ -87,12 +106,13 @@ def test_last_of_every_position_is_the_default(runner: Runner, bounds: Bounds) -
 
 
 @pytest.mark.parametrize("lengths", [[9, 9, 9], [9, 4, 1], [1, 9, 0]])
-def test_padding_does_not_matter(runner: Runner, lengths: list[int]) -> None:
+def test_padding_does_not_matter(runner: Runner, bounds: Bounds, lengths: list[int]) -> None:
     tokens = ids(runner, 3, 9)
     noisy = np.where(np.arange(9) < np.array(lengths)[:, None], tokens, -5)
     clean, other = runner.new_state(3), runner.new_state(3)
-    assert_same(runner.prefill(noisy, lengths, other), runner.prefill(tokens, lengths, clean))
-    assert_snapshots_same(other.snapshot(), clean.snapshot())
+    expected = runner.prefill(tokens, lengths, clean)
+    assert_repeated(runner.prefill(noisy, lengths, other), expected, bounds)
+    assert_states_repeated(other, clean.snapshot(), bounds)
 
 
 @pytest.mark.parametrize("lengths", [[20, 20, 20, 20], [20, 3, 0, 11], [1, 20, 2, 1]])
@@ -159,7 +179,7 @@ def test_zero_length_is_a_no_op(runner: Runner) -> None:
     assert_snapshots_same(state.snapshot().rows([1]), before.rows([1]))
 
 
-def test_restore_is_bitwise_and_repeatable(runner: Runner) -> None:
+def test_restore_is_bitwise_and_repeatable(runner: Runner, bounds: Bounds) -> None:
     tokens = ids(runner, 2, 10)
     state = fed(runner, tokens, [10, 4])
     before = state.snapshot()
@@ -169,8 +189,8 @@ def test_restore_is_bitwise_and_repeatable(runner: Runner) -> None:
     for _ in range(2):
         state.restore(before)
         assert_snapshots_same(state.snapshot(), before)
-        assert_same(runner.decode(tokens[:, 0], state), first)
-        assert_snapshots_same(state.snapshot(), after)
+        assert_repeated(runner.decode(tokens[:, 0], state), first, bounds)
+        assert_states_repeated(state, after, bounds)
 
 
 def test_snapshot_is_a_copy(runner: Runner) -> None:
@@ -213,14 +233,14 @@ def test_interleaved_states_are_independent(runner: Runner, bounds: Bounds) -> N
         assert_states_close(found, expected, bounds)
 
 
-def test_save_and_load_are_bitwise(runner: Runner, tmp_path: Path) -> None:
+def test_save_and_load_are_bitwise(runner: Runner, bounds: Bounds, tmp_path: Path) -> None:
     state = fed(runner, ids(runner, 2, 9), [9, 4])
     state.save(tmp_path / "state.safetensors")
     loaded = runner.load_state(tmp_path / "state.safetensors")
     assert_snapshots_same(loaded.snapshot(), state.snapshot())
     other = runner.new_state(2)
     other.load(tmp_path / "state.safetensors")
-    assert_same(runner.decode([1, 2], other), runner.decode([1, 2], state))
+    assert_repeated(runner.decode([1, 2], other), runner.decode([1, 2], state), bounds)
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 

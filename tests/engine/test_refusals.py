@@ -7,7 +7,7 @@ import pytest
 from ringexport.engine.plugins import PLUGIN_LIBRARY_FILE
 from ringexport.engine.table import EngineTable
 from ringexport.engine.target import EngineTarget
-from ringexport.errors import BackendUnavailableError, BundleError, VersionError
+from ringexport.errors import BackendUnavailableError, BundleError, ConfigError, VersionError
 from ringexport.pipeline.inspect import describe
 from ringexport.runtime.backends.trt import check_engine, why_not_here
 from ringexport.version import __version__
@@ -64,11 +64,39 @@ def test_a_missing_engine(folder: Path) -> None:
         check_engine(folder, TARGET, 80)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"target": 3}', "{}"])
-def test_a_damaged_layer_table(folder: Path, text: str) -> None:
-    (folder / "layers.json").write_text(text)
-    with pytest.raises(BundleError, match=r"the layer table .* cannot be read"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "layers.json is not valid JSON: Expecting value at line 1, column 1"),
+        ("[]", "layers.json holds a JSON list, expected an object"),
+        ('{"target": 3}', "layers.json lacks versions, profile, engine_bytes, counts"),
+        (None, "cannot read .*layers.json: No such file"),
+    ],
+)
+def test_a_damaged_layer_table(folder: Path, text: str | None, message: str) -> None:
+    path = folder / "layers.json"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    with pytest.raises(BundleError, match=message) as caught:
         check_engine(folder, TARGET, 80)
+    assert caught.value.hint == "copy the bundle again, or build it again"
+    assert "Error(" not in caught.value.message
+
+
+def test_a_layer_table_with_a_wrong_type(folder: Path) -> None:
+    path = folder / "layers.json"
+    path.write_text(path.read_text().replace('"engine_bytes": 100', '"engine_bytes": "100"'))
+    with pytest.raises(BundleError, match=r"has engine_bytes '100'"):
+        check_engine(folder, TARGET, 80)
+
+
+def test_inspect_a_truncated_engine(folder: Path) -> None:
+    (folder / "engine.plan").write_bytes(b"")
+    with pytest.raises(ConfigError, match="has 0 bytes, expected 100: it is truncated") as caught:
+        describe(folder / "engine.plan")
+    assert caught.value.hint
 
 
 def test_plugins_of_another_version(folder: Path) -> None:

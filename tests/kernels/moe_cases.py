@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ringexport.kernels.library import DType, ScaleKind
+from tests.kernels.support import product
 
 EPS = 1e-6
 BLOCK = 128
@@ -222,10 +223,10 @@ class Experts:
     def _one(
         self, gate_up: Matrices, down: Matrices, expert: int, inputs: Tensor, static: float | None
     ) -> Tensor:
-        both = inputs @ gate_up.real(expert, interleaved=True).to(inputs.dtype).T
+        both = product(inputs, gate_up.real(expert, interleaved=True).to(inputs.dtype).T)
         activated = F.silu(both[:, 0::2]) * both[:, 1::2]
         rounded = self._rounded(activated, static).to(inputs.dtype)
-        return rounded @ down.real(expert, interleaved=False).to(inputs.dtype).T
+        return product(rounded, down.real(expert, interleaved=False).to(inputs.dtype).T)
 
 
 def normed(residual: Tensor, weight: Tensor) -> Tensor:

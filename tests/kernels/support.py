@@ -61,6 +61,15 @@ def workspace(op: str, **fields: object) -> dict[str, object]:
     }
 
 
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x @ y`; of 16-bit numbers in fp32, rounded once, which is what cuBLAS computes.
+
+    Its own 16-bit kernels end with an illegal access under compute-sanitizer's racecheck, in
+    programs too that launch nothing else.
+    """
+    return (x.float() @ y.float()).to(x.dtype) if x.dtype.itemsize == 2 else x @ y
+
+
 def assert_within_torch(got: Tensor, torch_same_dtype: Tensor, truth: Tensor) -> None:
     """Level L2: the kernel errs at most twice as much as torch in the same dtype, plus one ulp.
 

@@ -231,3 +231,23 @@ def test_repeats_are_bitwise_equal() -> None:
         call.launch()
         outputs.append(inputs.output.check().clone())
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("cache", [torch.bfloat16, FP8], ids=str)
+def test_a_settled_cache_is_read_ahead(cache: torch.dtype) -> None:
+    """Cached tokens may be read while the kernel ahead still writes queries, keys and values."""
+    case = Case(contexts=(40, 300, 7, 4100), slots=(3, -1, 0, 5), cache=cache)
+    plain, ahead = Inputs(case), Inputs(case)
+    wanted = plain.run()
+    late = Inputs(Case(contexts=(4096,) * 64))
+    chained = {"programmatic_launch": 1}
+    busy = library().call("attention_decode", **late.fields(), **chained)
+    settled = library().call("attention_decode", **ahead.fields(), **chained, cache_settled=1)
+    for _ in range(10):
+        ahead.output.tensor.fill_(float("nan"))
+        torch.cuda.synchronize()
+        busy.launch()  # takes a while, but lets the next one start
+        settled.launch()
+        got = ahead.output.check()
+        rows = [row for row, slot in enumerate(case.slots or ()) if slot >= 0]
+        assert torch.equal(got[rows], wanted[rows])

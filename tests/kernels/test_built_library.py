@@ -97,11 +97,24 @@ def sample(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def embed(**changes: Any) -> dict[str, Any]:
+    return {
+        "tokens": POINTER,
+        "table": POINTER,
+        "residual": POINTER,
+        "rows": 2,
+        "columns": 64,
+        "vocab_size": 1000,
+        "dtype": DType.BFLOAT16,
+    } | changes
+
+
 GOOD = {
     "rms_norm": rms_norm,
     "projection": projection,
     "linear_attention_decode": linear_decode,
     "sample": sample,
+    "embed": embed,
 }
 
 
@@ -135,6 +148,9 @@ def test_right_parameters_pass(library: KernelLibrary, op: str) -> None:
         ("sample", "rows", 0),
         ("sample", "workspace_bytes", 8),
         ("sample", "logits", POINTER + 4),
+        ("embed", "columns", 68),
+        ("embed", "dtype", DType.FLOAT32),
+        ("embed", "table", POINTER + 2),
     ],
 )
 def test_a_wrong_parameter_is_named(

@@ -241,6 +241,13 @@ def test_every_format(weight: torch.dtype, kind: str) -> None:
 
 
 @format_cases
+def test_a_tile_of_each(weight: torch.dtype, kind: str) -> None:
+    """The fewest tokens that come here, for tools that slow a kernel down."""
+    sizes = {"tokens": 513, "hidden": 128, "width": 32, "shared": 64, "experts": 3, "top_k": 2}
+    check(case_of(weight, kind, **sizes))
+
+
+@format_cases
 def test_odd_widths_and_no_shared_expert(weight: torch.dtype, kind: str) -> None:
     check(case_of(weight, kind, tokens=777, hidden=384, width=160, shared=0, experts=5, top_k=3))
 

@@ -5,7 +5,14 @@ import torch
 
 from ringexport.errors import ShapeError
 from ringexport.kernels.library import ScaleKind
-from tests.kernels.support import DTYPES, Guarded, assert_within_torch, library, workspace
+from tests.kernels.support import (
+    DTYPES,
+    Guarded,
+    assert_within_torch,
+    library,
+    product,
+    workspace,
+)
 from tests.kernels.test_projection import (
     BF16,
     CHANNEL,
@@ -74,7 +81,7 @@ def test_half_weights(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     guarded = Guarded((m, n), dtype)
     run(weight, x, guarded.tensor, ScaleKind.NONE)
     truth = x.double() @ weight.real.T
-    assert_within_torch(guarded.check(), x @ weight.codes.T, truth)
+    assert_within_torch(guarded.check(), product(x, weight.codes.T), truth)
 
 
 @pytest.mark.parametrize(

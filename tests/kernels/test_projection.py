@@ -234,6 +234,25 @@ def test_gate_prologue(m: int, dtype: torch.dtype, kind: int, k: int, groups: in
     assert_product(guarded.check(), real @ weight.real.T)
 
 
+@pytest.mark.parametrize("dtype", [FP8, INT8, BF16, FP16], ids=["fp8", "int8", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("n", "k"), [(16400, 4096), (30000, 1024), (2064, 3840), (8192, 64), (48, 4096)]
+)
+def test_one_row_through_many_tiles(n: int, k: int, dtype: torch.dtype) -> None:
+    kind = CHANNEL if dtype in RANGE else ScaleKind.NONE
+    weight = weight_of(n, k, dtype, kind)
+    x = torch.randn(1, k, device="cuda").to(FP16 if dtype == FP16 else BF16)
+    before = torch.randn(1, n, device="cuda")
+    guarded = Guarded((1, n), FP32)
+    outputs = []
+    for _ in range(3):
+        guarded.tensor.copy_(before)
+        run(weight, x, guarded.tensor, kind, accumulate=1, programmatic_launch=1)
+        outputs.append(guarded.check().clone())
+    assert_product(outputs[0], before.double() + input_of(x, dtype) @ weight.real.T)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
 @pytest.mark.parametrize("m", [1, 8, 40])
 @pytest.mark.parametrize("dtype", [FP8, INT8, FP16], ids=["fp8", "int8", "fp16"])
 def test_accumulates_into_the_residual(m: int, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "compile_driver",
     "compile_host_library",
     "compile_program",
+    "compile_shared",
     "missing_tools",
 ]
 
@@ -88,6 +89,23 @@ def compile_program(folder: Path, name: str, sources: list[Path]) -> Path:
     program = folder / name
     _run([*_compiler(), *map(str, sources), "-o", str(program), *_cudart()])
     return program
+
+
+def compile_shared(folder: Path, name: str, source: str) -> None:
+    """Compile a shared library from a text; it is known by its file name."""
+    text = folder / f"{name}.cpp"
+    text.write_text(source, encoding="utf-8")
+    _run(
+        [
+            *_compiler(),
+            "-shared",
+            str(text),
+            "-fvisibility=default",
+            f"-Wl,-soname,{name}",
+            "-o",
+            str(folder / name),
+        ]
+    )
 
 
 def compile_driver(folder: Path) -> Path:

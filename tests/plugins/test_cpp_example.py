@@ -22,6 +22,14 @@ def test_usage(decode: Path) -> None:
     assert done.stderr.startswith("usage: decode BUNDLE/targets/TARGET")
 
 
+@pytest.mark.parametrize("token", ["x", "1.5", "-1", ""])
+def test_what_is_no_token_is_refused(decode: Path, tmp_path: Path, token: str) -> None:
+    command = [decode, tmp_path, "libnvinfer-missing.so", "3", "1", token]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"error: '{token}' is no token id and no count\n"
+
+
 def test_a_missing_tensorrt_is_named(decode: Path, tmp_path: Path) -> None:
     command = [decode, tmp_path, "libnvinfer-missing.so", "3", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """The parts of the cuda backend that need no GPU: slots, plans, weights, joined attention."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from ringexport.checkpoint import CheckpointWeights, RingConfig
 from ringexport.errors import BackendUnavailableError, BundleError, RingExportError
 from ringexport.ops.quantization import NumberFormat
 from ringexport.packing.layout import MatrixFormat, matrices, packed_tensors
-from ringexport.runtime.backends.cuda.graphs import BATCH_BUCKETS, bucket_of
+from ringexport.runtime.backends.cuda.graphs import BATCH_BUCKETS, DecodeGraphs, bucket_of
 from ringexport.runtime.backends.cuda.network import PackedRows
 from ringexport.runtime.backends.cuda.open import open_packed, why_not_here
 from ringexport.runtime.backends.cuda.prefill_attention import _joined
@@ -115,6 +116,19 @@ def test_rows_are_grouped_by_tokens(
 def test_buckets_hold_what_they_are_for() -> None:
     assert [bucket_of(size, BATCH_BUCKETS) for size in (1, 3, 64, 65, 256)] == [1, 4, 64, 128, 256]
     assert bucket_of(300, BATCH_BUCKETS) == 300
+
+
+def test_graphs_are_captured_once_and_the_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+    monkeypatch.setattr(DecodeGraphs, "_capture", lambda _, batch: captured.append(batch) or batch)
+    unused: Any = None
+    graphs = DecodeGraphs(unused, CPU, 4096, lambda: 0)
+    assert graphs.step(3) == graphs.step(4) == 4
+    assert captured == [4]
+    graphs.capture_all(5)
+    assert captured == [4, 8, 2, 1]
+    graphs.capture_all(1000)
+    assert captured == [4, 8, 2, 1, 256, 128, 64, 32, 16]
 
 
 @pytest.mark.parametrize("fmt", [FP8, BLOCK, INT8], ids=["fp8", "fp8-block", "int8"])

@@ -70,7 +70,7 @@ def test_the_parts_of_ring_mini() -> None:
     logits = (2 * 8 + 64) * 157184 * 4
     rotary = 4096 * 64 * 4
     tokens = 8 * 4096
-    assert found.workspace == tokens * (per_token + 1015) + logits + rotary + 400_000_000
+    assert found.workspace == tokens * (per_token + 1015) + logits + rotary + 900_000_000
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_contexts_of_yarn() -> None:
     weights = weights_of("", "fp8", config)
     one = plan(weights, 1, config.context_length)
     assert one.kv_cache == 524_288 * 8192
-    one.check(24_000_000_000)
+    one.check(25_000_000_000)
     plan(weights, 16, config.context_length).check(100_000_000_000)
     cos, sin = rotary_tables(config.inv_freq(), config.attention_factor, config.context_length)
     assert cos.shape == sin.shape == (524_288, config.rotary_dim // 2)

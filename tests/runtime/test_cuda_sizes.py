@@ -41,15 +41,15 @@ def run(runner: object, rows: int, size: int) -> list[np.ndarray]:
 def test_sizes_do_not_disturb_each_other(parts: tuple[object, object]) -> None:
     from ringexport.runtime.backends.cuda.runner import CudaOptions, CudaRunner
 
-    def opened() -> CudaRunner:
-        options = CudaOptions(max_batch=40, max_context=2048)
+    def opened(*, capture_ahead: bool = False) -> CudaRunner:
+        options = CudaOptions(max_batch=40, max_context=2048, capture_ahead=capture_ahead)
         return CudaRunner(*parts, model_digest=str, options=options)  # type: ignore[arg-type]
 
     expected = []
     for size in SIZES:
         with opened() as fresh:
             expected.append(run(fresh, *size))
-    with opened() as runner:
+    with opened(capture_ahead=True) as runner:
         for turn in range(2):
             for size, wanted in zip(SIZES, expected, strict=True):
                 for got, logits in zip(run(runner, *size), wanted, strict=True):

@@ -61,7 +61,9 @@ def test_recording_a_graph_leaves_no_trace(graph: Path, monkeypatch: pytest.Monk
         np.testing.assert_array_equal(values, expected_state[name])
 
 
-def test_graphs_are_not_recorded_without_end(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def graph_ids(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The graph of every run, as it comes."""
     ids: list[int | None] = []
     run = ort_cuda.run_bound
 
@@ -70,11 +72,43 @@ def test_graphs_are_not_recorded_without_end(graph: Path, monkeypatch: pytest.Mo
         run(session, binding, graph_id)
 
     monkeypatch.setattr(ort_cuda, "run_bound", noted)
+    return ids
+
+
+def test_graphs_are_not_recorded_without_end(
+    graph: Path, graph_ids: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ort_cuda, "MAX_GRAPHS", 1)
     with opened(graph, cuda_graph=True) as runner:
         for _ in range(2):
             runner.decode([5], runner.new_state(1))
-    assert ids == [1, 1, -1]
+    assert graph_ids == [1, 1, -1]
+
+
+def test_steps_of_other_rows_keep_their_graphs(graph: Path, graph_ids: list[int | None]) -> None:
+    with opened(graph, cuda_graph=True) as runner:
+        state = runner.new_state(2)
+        for row in (0, 1, 0, 1):
+            runner.decode([5], state, rows=[row])
+    assert graph_ids == [1, 1, 2, 2, 1, 2]
+
+
+def test_what_a_cache_has_held_does_not_split_attention(
+    graph: Path, graph_ids: list[int | None]
+) -> None:
+    """A step's total length is that of the smallest cache for its tokens, also in a larger one."""
+    lengths = []
+    with opened(graph, cuda_graph=True) as runner:
+        state = runner.new_state(1)
+        before = state.snapshot()
+        for tokens in (0, 300, 0):
+            state.restore(before)
+            runner.prefill(np.zeros((1, tokens), dtype=np.int64), None, state)
+            runner.decode([5], state)
+            call = runner._decode_call(state, slice(0, 1))
+            lengths.append((state.capacity, int(call.total_length[0])))
+    assert lengths == [(256, 256), (512, 512), (512, 256)]
+    assert graph_ids == [1, 1, -1, 2, 2, 3, 3]
 
 
 def test_a_grown_cache_is_bound_again(graph: Path) -> None:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "ringkernels/attention.h"
+#include "ringkernels/embed.h"
 #include "ringkernels/linear_attention.h"
 #include "ringkernels/moe.h"
 #include "ringkernels/norm.h"
@@ -56,3 +57,4 @@ RING_OP(experts, ExpertsParams)
 RING_OP(attention_decode, AttentionDecodeParams)
 RING_OP(attention_prefill, AttentionPrefillParams)
 RING_OP(sample, SampleParams)
+RING_OP(embed, EmbedParams)

@@ -66,36 +66,29 @@ class LinearAttentionOp final : public OpWith<LinearAttentionOp, LinearAttention
 
  private:
   ringkernels::LinearAttentionDecodeParams decode_params(Call const& call) const {
-    check_value_dim(call);
-    ringkernels::LinearAttentionDecodeParams params{};
-    params.query = call.input<void>(0);
-    params.key = call.input<void>(1);
-    params.value = call.input<void>(2);
-    params.state = call.output<float>(1);
-    params.log_decay = call.input<float>(4);
-    params.output = call.output<void>(0);
-    params.row_stride = params.output_row_stride = call.size(Size::kH) * call.size(Size::kK);
-    params.batch = call.size32(Size::kB);
-    params.num_heads = call.size32(Size::kH);
-    params.head_dim = call.size32(Size::kK);
-    params.query_scale = attributes_.query_scale;
-    params.dtype = kernel_type(call.inputs[0].type);
-    return params;
+    return shared_params<ringkernels::LinearAttentionDecodeParams>(call);
   }
 
   ringkernels::LinearAttentionPrefillParams prefill_params(Call const& call) const {
+    auto params = shared_params<ringkernels::LinearAttentionPrefillParams>(call);
+    params.lengths = call.input<int32_t>(5);
+    params.max_length = call.size32(Size::kT);
+    return params;
+  }
+
+  // What a step and a prefill have in common.
+  template <typename Params>
+  Params shared_params(Call const& call) const {
     check_value_dim(call);
-    ringkernels::LinearAttentionPrefillParams params{};
+    Params params{};
     params.query = call.input<void>(0);
     params.key = call.input<void>(1);
     params.value = call.input<void>(2);
     params.state = call.output<float>(1);
     params.log_decay = call.input<float>(4);
-    params.lengths = call.input<int32_t>(5);
     params.output = call.output<void>(0);
     params.row_stride = params.output_row_stride = call.size(Size::kH) * call.size(Size::kK);
     params.batch = call.size32(Size::kB);
-    params.max_length = call.size32(Size::kT);
     params.num_heads = call.size32(Size::kH);
     params.head_dim = call.size32(Size::kK);
     params.query_scale = attributes_.query_scale;
@@ -217,43 +210,43 @@ class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
   }
 
   ringkernels::AttentionPrefillParams prefill_params(Call const& call) const {
-    ringkernels::AttentionPrefillParams params{};
+    auto params = shared_params<ringkernels::AttentionPrefillParams>(call);
     params.query = call.input<void>(0);
-    params.key_cache = call.output<void>(1);
-    params.value_cache = call.output<void>(2);
     params.position = call.input<int32_t>(5);
     params.lengths = call.input<int32_t>(6);
     params.output = call.output<void>(0);
-    params.row_stride = params.output_row_stride = call.size(Size::kH) * call.size(Size::kK);
-    params.capacity = call.size(Size::kS);
     params.batch = call.size32(Size::kB);
     params.max_length = call.size32(Size::kT);
-    params.num_heads = call.size32(Size::kH);
-    params.num_kv_heads = call.size32(Size::kKV);
-    params.head_dim = call.size32(Size::kK);
-    params.softmax_scale = attributes_.softmax_scale;
-    params.dtype = kernel_type(call.inputs[0].type);
     return params;
   }
 
   // Tokens [first, first + count) of the call, each as a row.
   ringkernels::AttentionDecodeParams row_params(Call const& call, int64_t first, int64_t count) const {
-    ringkernels::AttentionDecodeParams params{};
-    params.num_heads = call.size32(Size::kH);
-    params.num_kv_heads = call.size32(Size::kKV);
-    params.head_dim = call.size32(Size::kK);
-    params.row_stride = params.output_row_stride = int64_t{params.num_heads} * params.head_dim;
+    auto params = shared_params<ringkernels::AttentionDecodeParams>(call);
     if (call.inputs[0].data != nullptr) {
       int64_t const offset = first * params.row_stride * static_cast<int64_t>(element_bytes(call.inputs[0].type));
       params.query = call.input<char>(0) + offset;
       params.output = call.output<char>(0) + offset;
     }
+    params.batch = static_cast<int32_t>(count);
+    params.max_context = params.capacity;
+    params.cache_dtype = params.dtype;
+    return params;
+  }
+
+  // What a step and a prefill have in common.
+  template <typename Params>
+  Params shared_params(Call const& call) const {
+    Params params{};
     params.key_cache = call.output<void>(1);
     params.value_cache = call.output<void>(2);
-    params.capacity = params.max_context = call.size(Size::kS);
-    params.batch = static_cast<int32_t>(count);
+    params.row_stride = params.output_row_stride = call.size(Size::kH) * call.size(Size::kK);
+    params.capacity = call.size(Size::kS);
+    params.num_heads = call.size32(Size::kH);
+    params.num_kv_heads = call.size32(Size::kKV);
+    params.head_dim = call.size32(Size::kK);
     params.softmax_scale = attributes_.softmax_scale;
-    params.dtype = params.cache_dtype = kernel_type(call.inputs[0].type);
+    params.dtype = kernel_type(call.inputs[0].type);
     return params;
   }
 };

@@ -37,6 +37,8 @@ struct AttentionDecodeParams {
   DType dtype;                // kBFloat16 or kFloat16
   DType cache_dtype;          // dtype or kFp8E4M3
   int32_t programmatic_launch;
+  int32_t cache_settled;      // 1: what wrote slots, position and the cached tokens ended before the kernel
+                              // ahead began: they are read while that one still runs
 };
 
 // Many new tokens per row, whose keys and values are in the cache already; a token sees itself and all before.

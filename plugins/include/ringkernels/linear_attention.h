@@ -32,8 +32,8 @@ struct LinearAttentionDecodeParams {
   float norm_eps;
   DType dtype;                // kBFloat16, kFloat16 or kFloat32
   int32_t programmatic_launch;  // 1: wait for the kernel before with griddepcontrol
-  int32_t state_settled;      // 1: what wrote state and slots ended before the kernel ahead began: they are
-                              // read while that one still runs
+  int32_t state_settled;      // 1: what wrote state, slots and position ended before the kernel ahead began:
+                              // they are read while that one still runs
 };
 
 // Many tokens per row, in chunks; the state is carried in and out in place. Query and key are normed and rotated.

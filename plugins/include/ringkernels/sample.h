@@ -16,6 +16,7 @@ struct SampleParams {
   const int64_t* seed;       // [N]
   const int32_t* position;   // [N] counts the row's draws
   int64_t* tokens;           // [N] written
+  int32_t* next_position;    // [N] or null: raised by one, when everything else has been read
   void* workspace;           // workspace_bytes(), zeroed once by the owner, for this op alone
   int64_t workspace_bytes;
   int64_t row_stride;        // elements

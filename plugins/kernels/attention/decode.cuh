@@ -61,23 +61,30 @@ struct Head {
   float x[kPer], weight[kPer], cosine[kPer], sine[kPer];
 };
 
-template <typename T, typename Act>
-__device__ __forceinline__ void load_head(Head<T::kHeadDim / 32>& head, const AttentionDecodeParams& p,
-                                          Job job, int row, int index, int position, int lane) {
-  const void* from = job == Job::kQuery ? p.query : job == Job::kKey ? p.key : p.value;
+// The tables of a head: what does not come from the kernel ahead.
+template <typename T>
+__device__ __forceinline__ void load_tables(Head<T::kHeadDim / 32>& head, const AttentionDecodeParams& p,
+                                            Job job, int position, int lane) {
   const float* norm = job == Job::kQuery ? p.query_norm : job == Job::kKey ? p.key_norm : nullptr;
-  const Act* x = static_cast<const Act*>(from) + row * p.row_stride + index * T::kHeadDim;
   const int half = p.rotary_dim / 2;
 #pragma unroll
   for (int i = 0; i < T::kHeadDim / 32; ++i) {
     const int dim = lane + 32 * i;
-    head.x[i] = to_float(x[dim]);
     head.weight[i] = norm != nullptr ? norm[dim] : 1.0f;
     const bool rotates = job != Job::kValue && p.rotary_cos != nullptr && dim < p.rotary_dim;
     const int64_t entry = static_cast<int64_t>(position) * half + (dim < half ? dim : dim - half);
     head.cosine[i] = rotates ? p.rotary_cos[entry] : 1.0f;
     head.sine[i] = rotates ? p.rotary_sin[entry] : 0.0f;
   }
+}
+
+template <typename T, typename Act>
+__device__ __forceinline__ void load_head(Head<T::kHeadDim / 32>& head, const AttentionDecodeParams& p,
+                                          Job job, int row, int index, int lane) {
+  const void* from = job == Job::kQuery ? p.query : job == Job::kKey ? p.key : p.value;
+  const Act* x = static_cast<const Act*>(from) + row * p.row_stride + index * T::kHeadDim;
+#pragma unroll
+  for (int i = 0; i < T::kHeadDim / 32; ++i) head.x[i] = to_float(x[lane + 32 * i]);
 }
 
 // scratch: [kHeadDim] of this warp.
@@ -313,13 +320,15 @@ __global__ void __launch_bounds__(kThreads, T::kWide ? 1 : kBlocksPerMultiproces
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int splits = gridDim.x, split = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z;
   const int group = p.num_heads / p.num_kv_heads;
-  wait_for_previous_kernel();
+  if (!p.cache_settled) wait_for_previous_kernel();
   const int position = p.position[row];
   const int slot = p.slots != nullptr ? p.slots[row] : row;
-  if (slot < 0 || position < 0 || position >= p.capacity) return;
   const int tiles = position / T::kTokens + 1;
   const SplitRange range = split_range(tiles, splits);
-  if (split >= range.count) return;
+  if (slot < 0 || position < 0 || position >= p.capacity || split >= range.count) {
+    if (p.cache_settled) wait_for_previous_kernel();  // this kernel must not end before the one ahead
+    return;
+  }
   const int first_tile = split * range.chunk, end_tile = min(first_tile + range.chunk, tiles);
   const bool owner = split == range.count - 1;
 
@@ -349,15 +358,20 @@ __global__ void __launch_bounds__(kThreads, T::kWide ? 1 : kBlocksPerMultiproces
   const int jobs = group + (owner ? 2 : 0);
   const auto load_job = [&](Head<T::kHeadDim / 32>& head, int job) {
     const int index = job < group ? kv_head * group + job : kv_head;
-    load_head<T, Act>(head, p, job_of(job, group), row, index, position, lane);
+    load_head<T, Act>(head, p, job_of(job, group), row, index, lane);
   };
   Head<T::kHeadDim / 32> head;
-  if (warp < jobs) load_job(head, warp);
+  if (warp < jobs) load_tables<T>(head, p, job_of(warp, group), position, lane);
 #pragma unroll
   for (int part = 0; part < kSlots; ++part) copy(part);
+  if (p.cache_settled) wait_for_previous_kernel();
+  if (warp < jobs) load_job(head, warp);
   const int64_t new_token = static_cast<int64_t>(position) * T::kHeadDim;
   for (int job = warp; job < jobs; job += kWarps) {
-    if (job >= kWarps) load_job(head, job);
+    if (job >= kWarps) {
+      load_tables<T>(head, p, job_of(job, group), position, lane);
+      load_job(head, job);
+    }
     finish_head<T>(shared, head, p, job_of(job, group), job, keys + new_token, values + new_token, lane);
   }
   for (int i = threadIdx.x; i < (Layout<T>::kRows - group) * T::kHeadDim;
@@ -451,7 +465,7 @@ Status launch_decode(const AttentionDecodeParams& p, const Workspace& workspace,
   return launch_kernel(decode_kernel<T, Act>, shape, p, workspace);
 }
 
-// One translation unit per pair of formats: see decode_<dtype>_<cache>.cu.
+// One translation unit per activation dtype: see decode_<dtype>.cu.
 template <typename Act, typename Cache>
 Status dispatch_decode(const AttentionDecodeParams& p, const Workspace& workspace, int splits,
                        Stream stream) {

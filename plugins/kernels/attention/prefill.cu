@@ -1,26 +1,46 @@
 // Checks and dispatch of the prefill attention.
 #include "attention/prefill.cuh"
-
+#include "attention/prefill_hopper.cuh"
 #include "common/check.h"
 
 namespace ringkernels {
 namespace {
 
-template <typename T, int kDim>
-Status launch_prefill(const AttentionPrefillParams& p, Stream stream) {
+using Kernel = void (*)(AttentionPrefillParams);
+
+Status launch_kernel_of(Kernel kernel, int threads, size_t shared_bytes, const AttentionPrefillParams& p,
+                        Stream stream) {
   const int tile_tokens = attention::kQueryRows / (p.num_heads / p.num_kv_heads);
   LaunchShape shape;
   shape.grid = dim3((p.max_length + tile_tokens - 1) / tile_tokens, p.num_kv_heads, p.batch);
-  shape.block = dim3(attention::kPrefillThreads);
-  shape.shared_bytes = attention::prefill_shared_bytes<kDim>();
+  shape.block = dim3(threads);
+  shape.shared_bytes = shared_bytes;
   shape.stream = stream;
   shape.programmatic = p.programmatic_launch != 0;
-  return launch_kernel(attention::prefill_kernel<T, kDim>, shape, p);
+  return launch_kernel(kernel, shape, p);
+}
+
+Status is_hopper(bool* hopper) {
+  int device = 0, major = 0;
+  RING_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device)));
+  RING_RETURN_IF_ERROR(
+      cuda_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
+  *hopper = major == 9 && !kPortableOnly;
+  return Status{};
 }
 
 template <typename T>
 Status launch_prefill(const AttentionPrefillParams& p, Stream stream) {
-  return p.head_dim == 64 ? launch_prefill<T, 64>(p, stream) : launch_prefill<T, 128>(p, stream);
+  bool hopper = false;
+  RING_RETURN_IF_ERROR(is_hopper(&hopper));
+  if (hopper && p.head_dim == attention::hopper::kDim) {
+    return launch_kernel_of(attention::hopper::prefill_kernel<T>, attention::hopper::kThreads,
+                            attention::hopper::kSharedBytes, p, stream);
+  }
+  return p.head_dim == 64 ? launch_kernel_of(attention::prefill_kernel<T, 64>, attention::kPrefillThreads,
+                                             attention::prefill_shared_bytes<64>(), p, stream)
+                          : launch_kernel_of(attention::prefill_kernel<T, 128>, attention::kPrefillThreads,
+                                             attention::prefill_shared_bytes<128>(), p, stream);
 }
 
 }  // namespace

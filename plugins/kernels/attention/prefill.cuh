@@ -1,4 +1,5 @@
-// Causal attention of many new tokens of a row over its cache, on any GPU from sm_80 on (mma.sync).
+// Causal attention of many new tokens of a row over its cache, on any GPU from sm_80 on (mma.sync);
+// prefill_hopper.cuh has another way for sm_90.
 //
 // A block has 128 query rows: the query heads of one key head, for 128 / group tokens, so that keys and
 // values are read once for all of them. Each of 8 warps owns 16 of the rows; keys and values go by in tiles of

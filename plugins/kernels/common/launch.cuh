@@ -74,7 +74,9 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Lets the next kernel start its blocks; it still waits until this kernel has ended before it reads.
+// Lets the next kernel start its blocks; it still waits until this kernel has ended before it reads. Called
+// after the wait: blocks that come in while the kernel ahead is still at work slow that one and this one down
+// by microseconds, unless they bring many weights of their own.
 __device__ __forceinline__ void allow_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

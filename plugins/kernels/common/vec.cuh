@@ -56,15 +56,6 @@ struct alignas(sizeof(T) * N) Vec {
   __device__ __forceinline__ void store(T* address) const { *reinterpret_cast<Vec*>(address) = *this; }
 };
 
-// Read once, by nobody else: weights and states that stream through.
-__device__ __forceinline__ uint4 load_streaming(const void* address) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address));
-  return value;
-}
-
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);

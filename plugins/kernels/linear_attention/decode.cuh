@@ -15,10 +15,33 @@ constexpr int kDecodeThreads = 128;
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
-// One warp: heads[0..kDim) = rotary(rms_norm(silu(source))) in fp32; every step is optional.
+// What a lane needs to norm and rotate a head, besides the head itself.
+template <int kDim>
+struct HeadTables {
+  float weight[kDim / 32];
+  float cosine[kDim / 64], sine[kDim / 64];
+
+  __device__ __forceinline__ void load(const LinearAttentionDecodeParams& params, const float* norm,
+                                       int row) {
+    const int lane = threadIdx.x % 32, half = params.rotary_dim / 2;
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) weight[i] = norm != nullptr ? norm[lane * (kDim / 32) + i] : 1.0f;
+    if (params.rotary_cos == nullptr) return;
+    const int64_t table = (int64_t)params.position[row] * half;
+#pragma unroll
+    for (int i = 0; i < kDim / 64; ++i) {
+      const int j = lane + 32 * i;
+      if (j >= half) continue;
+      cosine[i] = params.rotary_cos[table + j];
+      sine[i] = params.rotary_sin[table + j];
+    }
+  }
+};
+
+// One warp: head[0..kDim) = rotary(rms_norm(silu(source))) in fp32; every step is optional.
 template <typename T, int kDim>
 __device__ __forceinline__ void prepare_head(const LinearAttentionDecodeParams& params, const T* source,
-                                             const float* norm, int row, float* head) {
+                                             bool norm, const HeadTables<kDim>& tables, float* head) {
   constexpr int kPerLane = kDim / 32;
   const int lane = threadIdx.x % 32;
   float x[kPerLane];
@@ -30,10 +53,10 @@ __device__ __forceinline__ void prepare_head(const LinearAttentionDecodeParams& 
     if (params.silu) x[i] = silu(x[i]);
     squares += x[i] * x[i];
   }
-  if (norm != nullptr) {
+  if (norm) {
     const float factor = rsqrtf(warp_sum(squares) / kDim + params.norm_eps);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) x[i] = x[i] * factor * norm[lane * kPerLane + i];
+    for (int i = 0; i < kPerLane; ++i) x[i] = x[i] * factor * tables.weight[i];
   }
   Vec<float, kPerLane> out;
 #pragma unroll
@@ -42,12 +65,13 @@ __device__ __forceinline__ void prepare_head(const LinearAttentionDecodeParams& 
   if (params.rotary_cos == nullptr) return;
   __syncwarp();
   const int half = params.rotary_dim / 2;
-  const int64_t table = (int64_t)params.position[row] * half;
-  for (int j = lane; j < half; j += 32) {
-    const float cosine = params.rotary_cos[table + j], sine = params.rotary_sin[table + j];
+#pragma unroll
+  for (int i = 0; i < kDim / 64; ++i) {
+    const int j = lane + 32 * i;
+    if (j >= half) continue;
     const float first = head[j], second = head[j + half];
-    head[j] = first * cosine - second * sine;
-    head[j + half] = second * cosine + first * sine;
+    head[j] = first * tables.cosine[i] - second * tables.sine[i];
+    head[j + half] = second * tables.cosine[i] + first * tables.sine[i];
   }
 }
 
@@ -83,20 +107,24 @@ __global__ void __launch_bounds__(kDecodeThreads)
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
     s[i] = __ldcs(reinterpret_cast<const float4*>(state + (group + i * kGroups) * kDim));
+  const float* norm = warp == 0 ? params.query_norm : params.key_norm;
+  HeadTables<kDim> tables;
+  if (warp < 2) tables.load(params, norm, row);
+  // exp() of a slow head's decay rounds away most of it; expm1() keeps it.
+  const float shrink = expm1f(params.log_decay[head]);
   if (params.state_settled) begin();
 
   const int64_t source = row * params.row_stride + head * kDim;
-  if (warp == 0)
-    prepare_head<T, kDim>(params, (const T*)params.query + source, params.query_norm, row, query);
-  if (warp == 1) prepare_head<T, kDim>(params, (const T*)params.key + source, params.key_norm, row, key);
+  if (warp < 2) {
+    const auto* from = (const T*)(warp == 0 ? params.query : params.key) + source;
+    prepare_head<T, kDim>(params, from, norm != nullptr, tables, warp == 0 ? query : key);
+  }
   if (warp == 2) {
     for (int i = lane; i < kColumns; i += 32) {
       const float x = to_float(((const T*)params.value)[source + blockIdx.x * kColumns + i]);
       value[i] = params.silu ? silu(x) : x;
     }
   }
-  // exp() of a slow head's decay rounds away most of it; expm1() keeps it.
-  const float shrink = expm1f(params.log_decay[head]);
   __syncthreads();
 
   const float4 v = *reinterpret_cast<const float4*>(value + threadIdx.x % kLanes * 4);

@@ -6,12 +6,14 @@
 // through shared memory.
 #pragma once
 
+#include "common/wgmma.cuh"
 #include "linear_attention/prefill_common.cuh"
-#include "linear_attention/wgmma.cuh"
 
 namespace ringkernels {
 namespace linear_attention {
 namespace hopper {
+
+using namespace warpgroup;
 
 constexpr int kDim = 128;
 constexpr int kComputeThreads = 256;
@@ -59,34 +61,9 @@ __device__ __forceinline__ void load_halves(uint32_t tile, const T* source, int6
   }
 }
 
-// The copying warpgroup. It announces a chunk kLag chunks later, when the copies have arrived. Two stages
-// less than the ring: a computing warpgroup looks one chunk ahead before it releases the one it works on.
-template <int kStages, typename Load>
-__device__ __forceinline__ void produce(Tables& tables, int chunks, const Load& load) {
-  constexpr int kLag = kStages - 2;
-  const uint32_t full = shared_address(tables.full), empty = shared_address(tables.empty);
-  for (int chunk = 0; chunk < chunks + kLag; ++chunk) {
-    if (chunk < chunks) {
-      barrier_wait(empty + 8 * (chunk % kStages), (chunk / kStages & 1) ^ 1);
-      load(chunk, chunk % kStages);
-    }
-    copy_commit();
-    if (chunk >= kLag) {
-      copy_wait<kLag>();
-      fence_proxy();
-      barrier_arrive(full + 8 * ((chunk - kLag) % kStages));
-    }
-  }
-}
-
 template <int kStages>
-__device__ __forceinline__ void wait_full(Tables& tables, int chunk) {
-  barrier_wait(shared_address(&tables.full[chunk % kStages]), chunk / kStages & 1);
-}
-template <int kStages>
-__device__ __forceinline__ void release(Tables& tables, int chunk) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&tables.empty[chunk % kStages]));
+__device__ __forceinline__ TileRing<kStages> ring_of(Tables& tables) {
+  return {shared_address(tables.full), shared_address(tables.empty)};
 }
 
 template <typename T>
@@ -154,11 +131,12 @@ __device__ __forceinline__ void segment_body(const PrefillArgs& args, Tables& ta
                                              const Part& part) {
   const LinearAttentionPrefillParams& params = args.params;
   const int chunks = part.chunks;
+  const TileRing<kSegmentStages> ring = ring_of<kSegmentStages>(tables);
   set_up<T>(tables, part.log_decay, kChunk, 1.0f);
   if (threadIdx.x >= kComputeThreads) {
     give_registers<40>();
     const int64_t first = part.first * params.row_stride + part.head * kDim;
-    produce<kSegmentStages>(tables, chunks, [&](int chunk, int stage) {
+    ring.produce(chunks, [&](int chunk, int stage) {
       const uint32_t tile = tiles + stage * SegmentShared::kStageBytes;
       const int64_t source = first + chunk * kChunk * params.row_stride;
       load_halves(tile, static_cast<const T*>(params.key) + source, params.row_stride, kChunk);
@@ -175,7 +153,7 @@ __device__ __forceinline__ void segment_body(const PrefillArgs& args, Tables& ta
     Values<T> values[2];
     const auto weigh_values = [&](int chunk, Values<T>& to) {
       if (chunk >= chunks) return;
-      wait_full<kSegmentStages>(tables, chunk);
+      ring.wait(chunk);
       to.load(tiles + chunk % kSegmentStages * SegmentShared::kStageBytes + kTileBytes + half,
               tables.weights[0]);
     };
@@ -188,7 +166,7 @@ __device__ __forceinline__ void segment_body(const PrefillArgs& args, Tables& ta
       weigh_values(chunk + 1, next);
       wgmma_wait<0>();
       pin(s);
-      release<kSegmentStages>(tables, chunk);
+      ring.release(chunk);
     };
     weigh_values(0, values[0]);
     for (int chunk = 0; chunk < chunks; chunk += 2) {
@@ -280,8 +258,9 @@ __device__ __forceinline__ void compute_chunks(const LinearAttentionPrefillParam
   float (&s)[64] = reinterpret_cast<float (&)[64]>(state.s);
   const int chunks = (tokens + kChunk - 1) / kChunk;
   const uint32_t half = threadIdx.x / 128 * kHalfBytes;
+  const TileRing<kChunkStages> ring = ring_of<kChunkStages>(tables);
   float score[16], o[32];
-  wait_full<kChunkStages>(tables, 0);
+  ring.wait(0);
   start_scores<T>(score, tiles);
   wgmma_commit();
   wgmma_wait<0>();
@@ -323,7 +302,7 @@ __device__ __forceinline__ void compute_chunks(const LinearAttentionPrefillParam
     // The next chunk's scores come before the state, so that they are scaled and written while that is
     // computed.
     if (chunk + 1 < chunks) {
-      wait_full<kChunkStages>(tables, chunk + 1);
+      ring.wait(chunk + 1);
       start_scores<T>(score, tiles + (chunk + 1) % kChunkStages * ChunkShared::kStageBytes);
     }
     wgmma_commit();
@@ -342,7 +321,7 @@ __device__ __forceinline__ void compute_chunks(const LinearAttentionPrefillParam
                     params.output_row_stride, valid);
     wgmma_wait<0>();
     pin(s);
-    release<kChunkStages>(tables, chunk);
+    ring.release(chunk);
   }
 }
 
@@ -357,7 +336,7 @@ __device__ __forceinline__ void chunk_body(const PrefillArgs& args, Tables& tabl
   if (threadIdx.x >= kComputeThreads) {
     give_registers<40>();
     const int64_t first = (row.first + start) * params.row_stride + head * kDim;
-    produce<kChunkStages>(tables, (tokens + kChunk - 1) / kChunk, [&](int chunk, int stage) {
+    ring_of<kChunkStages>(tables).produce((tokens + kChunk - 1) / kChunk, [&](int chunk, int stage) {
       const uint32_t tile = tiles + stage * ChunkShared::kStageBytes;
       const int64_t source = first + chunk * kChunk * params.row_stride;
       const int valid = tokens - chunk * kChunk;

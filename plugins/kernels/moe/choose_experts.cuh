@@ -25,26 +25,39 @@ __device__ __forceinline__ float value_of_key(uint32_t key) {
 
 struct ChoiceScratch {
   alignas(16) uint32_t key[kMaxExperts];
-  alignas(16) uint32_t candidate[32];
   float score[kMaxExperts];
-  // The best of each group, by group and rank.
-  uint32_t best_key[kRouterThreads];
-  float best_score[kRouterThreads];
-  int best_id[kRouterThreads];
   float strength[kMaxGroups];
+  // The best of the open groups, by group and rank.
+  alignas(16) float candidate[32];
+  float candidate_score[32];
+  int candidate_id[32];
+  alignas(16) float group[kMaxGroups];  // strengths
+  alignas(16) float biased[kRouterThreads];
 };
 
-// How many of 32 keys in shared memory come before this lane's; ties to the lower lane.
-__device__ __forceinline__ int rank_of(uint32_t key, const uint32_t* keys) {
+constexpr float kNobody = -__builtin_huge_valf();  // below every value: nothing to rank
+
+// How many of 32 values in shared memory come before this lane's; ties to the lower lane.
+__device__ __forceinline__ int rank_of(float value, const float* values) {
   const int lane = threadIdx.x % 32;
-  int rank = 0;
+  float greater[4] = {};  // four short chains of additions
 #pragma unroll
   for (int other = 0; other < 32; other += 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(keys + other);
-    rank += four.x > key || (four.x == key && other < lane);
-    rank += four.y > key || (four.y == key && other + 1 < lane);
-    rank += four.z > key || (four.z == key && other + 2 < lane);
-    rank += four.w > key || (four.w == key && other + 3 < lane);
+    const float4 four = *reinterpret_cast<const float4*>(values + other);
+    const float theirs[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float one;
+      asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(theirs[i]), "f"(value));
+      greater[i] += one;
+    }
+  }
+  int rank = static_cast<int>((greater[0] + greater[1]) + (greater[2] + greater[3]));
+  // Equal values have the same rank so far. They are rare.
+  const unsigned there = __ballot_sync(kFullWarp, value != kNobody);
+  if (__popc(__reduce_or_sync(kFullWarp, value != kNobody ? 1u << rank : 0u)) != __popc(there)) {
+#pragma unroll 1
+    for (int other = 0; other < lane; ++other) rank += values[other] == value;
   }
   return rank;
 }
@@ -124,53 +137,47 @@ __host__ __device__ inline bool ranks_serve(const RouterParams& p) {
   return p.num_experts <= kRouterThreads && p.num_experts == p.n_group * 32 && p.topk_group * p.top_k <= 32;
 }
 
-// Which of the best of the open groups a lane of the first warp ranks: the `place`-th of the `group`-th.
-struct Candidate {
-  int group;
-  int place;
+// Before choose_by_rank, by the first warp.
+__device__ __forceinline__ void clear_ranks(const RouterParams& p, ChoiceScratch& scratch) {
+  const int thread = threadIdx.x;
+  if (thread >= 32) return;
+  if (thread >= p.n_group) scratch.group[thread] = kNobody;
+  scratch.candidate[thread] = kNobody;
+  scratch.candidate_score[thread] = 0.0f;
+  scratch.candidate_id[thread] = thread;
+}
 
-  // Long divisions: made before the wait for the kernel before, where they cost nothing.
-  __device__ __forceinline__ explicit Candidate(const RouterParams& p) {
-    const int lane = threadIdx.x % 32;
-    group = lane / p.top_k, place = lane % p.top_k;
-    asm volatile("" : "+r"(group), "+r"(place));  // here, not where they are used
-  }
-};
-
-// As choose_experts, with one barrier: each warp ranks its group, the first warp ranks the best of the open
-// groups. logit: of expert threadIdx.x.
+// As choose_experts: each warp ranks its group, then all groups, the first warp the best of the open ones.
+// logit: of expert threadIdx.x.
 __device__ __forceinline__ void choose_by_rank(const RouterParams& p, int token, ChoiceScratch& scratch,
-                                               float bias, float logit, const Candidate& mine) {
+                                               float bias, float logit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float score = 1.0f / (1.0f + expf(-logit)), biased = score + bias;
+  int rank = 32;
   if (warp < p.n_group) {
-    const float score = 1.0f / (1.0f + expf(-logit)), biased = score + bias;
-    const uint32_t key = ordered_key(biased);
-    scratch.key[threadIdx.x] = key;
+    scratch.biased[threadIdx.x] = biased;
     __syncwarp();
-    const int rank = rank_of(key, scratch.key + warp * 32);
-    if (rank < p.top_k) {
-      const int place = warp * 32 + rank;
-      scratch.best_key[place] = key;
-      scratch.best_score[place] = score;
-      scratch.best_id[place] = threadIdx.x;
-    }
+    rank = rank_of(biased, scratch.biased + warp * 32);
     const float best = __shfl_sync(kFullWarp, biased, __ffs(__ballot_sync(kFullWarp, rank == 0)) - 1);
     const float next = __shfl_sync(kFullWarp, biased, __ffs(__ballot_sync(kFullWarp, rank == 1)) - 1);
-    if (lane == 0) scratch.strength[warp] = best + next;
+    if (lane == 0) scratch.group[warp] = best + next;
+  }
+  __syncthreads();
+  const float strength = scratch.group[lane];
+  const int order = rank_of(strength, scratch.group);
+  const unsigned open = __ballot_sync(kFullWarp, lane < p.n_group && order < p.topk_group);
+  if ((open >> warp & 1) && rank < p.top_k) {
+    const int place = __popc(open & ((1u << warp) - 1)) * p.top_k + rank;
+    scratch.candidate[place] = biased;
+    scratch.candidate_score[place] = score;
+    scratch.candidate_id[place] = threadIdx.x;
   }
   __syncthreads();
   if (warp != 0) return;
-  uint32_t groups = open_groups(scratch.strength, p.n_group, p.topk_group);
-  const bool candidate = mine.group < p.topk_group;
-  for (int skip = candidate ? mine.group : 0; skip > 0; --skip) groups &= groups - 1;
-  const int place = candidate ? (__ffs(groups) - 1) * 32 + mine.place : 0;
-  // Candidates are by group and rank, so that equal keys stay by id.
-  const uint32_t key = candidate ? scratch.best_key[place] : 0;
-  scratch.candidate[lane] = key;
-  __syncwarp();
-  const int rank = rank_of(key, scratch.candidate);
-  write_choice(p, token, rank, candidate && rank < p.top_k, scratch.best_id[place],
-               scratch.best_score[place]);
+  // Candidates are by group and rank, so that equal ones stay by id.
+  const int place = rank_of(scratch.candidate[lane], scratch.candidate);
+  write_choice(p, token, place, lane < p.topk_group * p.top_k && place < p.top_k, scratch.candidate_id[lane],
+               scratch.candidate_score[lane]);
 }
 
 // Called by a whole block; logit(e) is called once for each expert.

@@ -13,7 +13,6 @@ constexpr int kCombineAhead = 9;  // results that are on their way at once: 8 ex
 // grid: (tokens, parts of D). Each thread: 4 channels of one token, its choices added in order.
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ ExpertsParams p, const __grid_constant__ ExpertsPlan plan) {
-  allow_next_kernel();
   const int choices = choices_of(p), token = blockIdx.x, lane = threadIdx.x % 32;
   const int channel = (blockIdx.y * kThreads + threadIdx.x) * 4;
   const bool inside = channel < p.hidden_size;
@@ -32,6 +31,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < 4; ++i) before[i] = inside ? output_before(p, first + i) : 0.0f;
   wait_for_previous_kernel();
+  allow_next_kernel();
   for (int base = 0; base < choices; base += kCombineAhead) {
     float4 y[kCombineAhead];
 #pragma unroll

@@ -79,27 +79,6 @@ __device__ __forceinline__ BlockScales block_scales(const Matrix& m, int base, b
   return {low, down ? low : low + blocks_of(m.rows / 2) * blocks_of(m.columns)};
 }
 
-// A lane's loads of one step: 4 segments of its two rows. Past the end of the row: zeros.
-struct StepLoads {
-  uint4 lows[kStepSegments];
-  uint4 highs[kStepSegments];
-
-  __device__ __forceinline__ const uint4& low(int u) const { return lows[u]; }
-  __device__ __forceinline__ const uint4& high(int u) const { return highs[u]; }
-
-  __device__ __forceinline__ void fetch(const uint8_t* low_row, const uint8_t* high_row, int segment,
-                                        int row_bytes) {
-    const int first = segment * kSegmentBytes + threadIdx.x % 4 * kLaneBytes;
-#pragma unroll
-    for (int u = 0; u < kStepSegments; ++u) {
-      const int offset = first + u * kSegmentBytes;
-      const bool inside = offset < row_bytes;
-      lows[u] = inside ? load_streaming(low_row + offset) : uint4{};
-      highs[u] = inside ? load_streaming(high_row + offset) : uint4{};
-    }
-  }
-};
-
 // Sums of a 16 x 8 tile while k runs on: with block scales, each 128 elements are scaled on their own.
 template <typename Format, bool kBlock, int kTiles>
 struct Sums {

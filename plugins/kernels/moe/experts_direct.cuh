@@ -196,9 +196,15 @@ __global__ void __launch_bounds__(kMaxDownWarps * 32)
     const float low_scale = valid ? row_scale(p, m, row) : 0.0f,
                 high_scale = valid ? row_scale(p, m, row + 8) : 0.0f;
     const float weight = is_shared ? 1.0f : __ldcg(p.routing_weights + (int64_t)token * p.top_k + choice);
-    if (!waited) wait_for_previous_kernel();
+    if (!waited) {
+      allow_next_kernel();  // it has weights to fetch, and this one's are under way
+      wait_for_previous_kernel();
+    }
     waited = true;
-    if (!valid || begin >= end) continue;
+    if (!valid || begin >= end) {
+      wait_for_copies();  // zeros, that must not arrive after what the next choice copies there
+      continue;
+    }
     const int64_t pair = (int64_t)token * choices + choice;
     if constexpr (kPrepared) {
       const int start = begin * kTokenSegmentBytes<Format>,
@@ -239,7 +245,6 @@ __global__ void __launch_bounds__(kMaxDownWarps * 32)
   }
   if (!waited) wait_for_previous_kernel();
   wait_for_copies();
-  allow_next_kernel();
   const int64_t index = (int64_t)token * p.hidden_size + blockIdx.x * kRowTile + threadIdx.x % kRowTile;
   const float before = threadIdx.x < kRowTile ? output_before(p, index) : 0.0f;
   if (lane % 4 == 0) {

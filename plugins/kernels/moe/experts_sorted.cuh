@@ -30,12 +30,12 @@ __global__ void __launch_bounds__(kSortThreads)
   __shared__ float scratch[kReduceScratch];
   __shared__ int counts[kMaxSortedExperts];
   __shared__ int2 warp_totals[kSortThreads / 32];
-  allow_next_kernel();
-  if (blockIdx.x > 0) {
-    return prepare_token<Format, kBlock>(p, plan, blockIdx.x - 1, scratch,
-                                         [] { wait_for_previous_kernel(); });
-  }
-  wait_for_previous_kernel();
+  const auto begin = [] {
+    wait_for_previous_kernel();
+    allow_next_kernel();
+  };
+  if (blockIdx.x > 0) return prepare_token<Format, kBlock>(p, plan, blockIdx.x - 1, scratch, begin);
+  begin();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int routed = p.tokens * p.top_k, choices = choices_of(p);
   int held[kHeldIds];

@@ -171,7 +171,8 @@ __device__ __forceinline__ void portable_pass(PortableShared& shared, const Prod
         }
     }
   }
-  __syncthreads();  // the next pass fills the stages again
+  asm volatile("cp.async.wait_all;" ::: "memory");  // zeros past the end
+  __syncthreads();                                  // the next pass fills the stages again
   const int row = tile.weight_tile * kWeightTile + warp * 16, width = side.weight_rows / (kSwiGlu ? 2 : 1);
   const int first_row = row + weight_row<kSwiGlu>(g), second_row = row + weight_row<kSwiGlu>(g + 8);
   if (first_row >= side.weight_rows) return;

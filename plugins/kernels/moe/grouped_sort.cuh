@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const PermuteP
         float absmax = absmax_of(values);
 #pragma unroll
         for (int offset = 1; offset < 8; offset *= 2)
-          absmax = fmaxf(absmax, __shfl_xor_sync(__activemask(), absmax, offset));
+          absmax = fmaxf(absmax, __shfl_xor_sync(0xffu << (threadIdx.x % 32 / 8 * 8), absmax, offset));
         scale = scale_of(absmax, p.format.int8);
       }
       const Vec<uint32_t, 4> words = quantized(values, scale, p.format.int8);

@@ -39,9 +39,10 @@ Status launch_router(const RouterParams& p, Stream stream) {
   shape.stream = stream;
   shape.programmatic = p.programmatic_launch != 0;
   if (p.tokens <= kRouterFewTokens) {
-    shape.grid = dim3((p.num_experts + kRowsPerBlock - 1) / kRowsPerBlock);
-    return p.tokens == 1 ? launch_kernel(router_few_kernel<Hidden, 1>, shape, p)
-                         : launch_kernel(router_few_kernel<Hidden, 4>, shape, p);
+    const int rows = p.tokens == 1 ? 4 : 2;
+    shape.grid = dim3((p.num_experts + rows - 1) / rows);
+    return p.tokens == 1 ? launch_kernel(router_few_kernel<Hidden, 1, 4>, shape, p)
+                         : launch_kernel(router_few_kernel<Hidden, kRouterFewTokens, 2>, shape, p);
   }
   const RouterParts parts = plan_parts(p);
   shape.grid = dim3((p.tokens + kTileTokens - 1) / kTileTokens, parts.splits,

@@ -1,5 +1,6 @@
-// Router kernels. Few tokens: one kernel, every block has four experts, the first blocks then choose. Many
-// tokens: a tiled fp32 product split over k, and a kernel that adds the parts and chooses.
+// Router kernels. Few tokens: one kernel, every block has four experts, or two for several tokens, the first
+// blocks then choose. Many tokens: a tiled fp32 product split over k, and a kernel that adds the parts and
+// chooses.
 #pragma once
 
 #include "common/launch.cuh"
@@ -9,10 +10,6 @@ namespace ringkernels::moe {
 
 // Tokens that the one-kernel router takes. The first blocks wait for all others, so few may wait.
 constexpr int kRouterFewTokens = 8;
-// Experts of a block of that kernel. Of 2, 4, 8 and 16 (a cluster that exchanges logits through distributed
-// shared memory) the fastest on the H200: fewer mean more readers of the token's hidden state, more a longer
-// reduction.
-constexpr int kRowsPerBlock = 4;
 constexpr int kRowVectors = 2;  // float4 of a row per thread that are fetched ahead: rows of up to 2048
 constexpr int kRouterWarps = kRouterThreads / 32;
 
@@ -65,6 +62,7 @@ __device__ __forceinline__ float fold_warp(float (&values)[kCount]) {
 }
 
 // What a thread has of the rows of its block: k = 4 (base + thread) and 1024 further on.
+template <int kRowsPerBlock>
 struct RowParts {
   float4 weight[kRowsPerBlock][kRowVectors];
   float4 norm[kRowVectors];
@@ -89,24 +87,27 @@ struct RowParts {
 };
 
 // grid: experts / kRowsPerBlock. Workspace: [N, E] words. kBatch tokens at a time. Every block sends its
-// logits without the factor of the norm, which the block that chooses computes by itself.
-template <typename Hidden, int kBatch>
-__global__ void __launch_bounds__(kRouterThreads) router_few_kernel(const __grid_constant__ RouterParams p) {
+// logits without the factor of the norm, which the block that chooses computes by itself. Measured on the
+// H200: 4 experts a block are the fastest for one token (fewer mean more readers of its hidden state, more a
+// longer reduction), 2 and all tokens at once for up to 8.
+template <typename Hidden, int kBatch, int kRowsPerBlock>
+__global__ void __launch_bounds__(kRouterThreads)
+    router_few_kernel(const __grid_constant__ RouterParams p) {
   __shared__ ChoiceScratch scratch;
   __shared__ float partial[kRouterFewTokens][kRouterWarps]
                           [kRowsPerBlock + 1];  // dot products, sum of squares
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int vectors = p.hidden_size / 4;
   const bool ranks = ranks_serve(p), norm = p.norm_weight != nullptr;
-  const Candidate candidate(p);
-  RowParts rows;
+  if (ranks) clear_ranks(p, scratch);
+  RowParts<kRowsPerBlock> rows;
   rows.load(p, 0);
   float bias = 0.0f;
   if (ranks && (int)blockIdx.x < p.tokens && thread < p.num_experts) bias = __ldg(p.expert_bias + thread);
-  allow_next_kernel();
   wait_for_previous_kernel();
+  allow_next_kernel();
   for (int first = 0; first < p.tokens; first += kBatch) {
-    float dot[kBatch][kRowsPerBlock] = {}, squares[kBatch] = {};
+    float dot[kBatch * kRowsPerBlock] = {}, squares[kBatch] = {};
     for (int base = 0; base < vectors; base += kRowVectors * kRouterThreads) {
       float4 x[kBatch][kRowVectors];
 #pragma unroll
@@ -126,16 +127,19 @@ __global__ void __launch_bounds__(kRouterThreads) router_few_kernel(const __grid
           squares[t] = dot4(x[t][i], x[t][i], squares[t]);
           const float4 scaled = norm ? times4(x[t][i], rows.norm[i]) : x[t][i];
 #pragma unroll
-          for (int r = 0; r < kRowsPerBlock; ++r) dot[t][r] = dot4(scaled, rows.weight[r][i], dot[t][r]);
+          for (int r = 0; r < kRowsPerBlock; ++r)
+            dot[t * kRowsPerBlock + r] = dot4(scaled, rows.weight[r][i], dot[t * kRowsPerBlock + r]);
         }
       }
     }
+    constexpr int kValues = kBatch * kRowsPerBlock, kLanes = 32 / kValues;  // lanes that have the same sum
+    const float sum = fold_warp<kValues / 2, 16>(dot);
+    const int value = lane / kLanes;
+    if (lane % kLanes == 0 && first + value / kRowsPerBlock < p.tokens)
+      partial[first + value / kRowsPerBlock][warp][value % kRowsPerBlock] = sum;
 #pragma unroll
     for (int t = 0; t < kBatch; ++t) {
       if (first + t >= p.tokens) break;
-      const float sum = fold_warp<kRowsPerBlock / 2, 16>(dot[t]);
-      constexpr int kLanes = 32 / kRowsPerBlock;  // that have the same sum
-      if (lane % kLanes == 0) partial[first + t][warp][lane / kLanes] = sum;
       if (norm && (first + t == (int)blockIdx.x || first + t >= (int)gridDim.x)) {
         const float all = warp_sum(squares[t]);
         if (lane == 0) partial[first + t][warp][kRowsPerBlock] = all;
@@ -150,10 +154,11 @@ __global__ void __launch_bounds__(kRouterThreads) router_few_kernel(const __grid
     for (int w = 0; w < kRouterWarps; ++w) sum += partial[token][w][value];
     return sum;
   };
-  for (int i = thread; i < kRowsPerBlock * p.tokens; i += kRouterThreads) {
-    const int token = i / kRowsPerBlock, expert = blockIdx.x * kRowsPerBlock + i % kRowsPerBlock;
+  static_assert(kRowsPerBlock * kRouterFewTokens <= kRouterThreads);
+  if (thread < kRowsPerBlock * p.tokens) {
+    const int token = thread / kRowsPerBlock, expert = blockIdx.x * kRowsPerBlock + thread % kRowsPerBlock;
     if (expert < p.num_experts)
-      post_logit(words + (int64_t)token * p.num_experts + expert, sum_of(token, i % kRowsPerBlock));
+      post_logit(words + (int64_t)token * p.num_experts + expert, sum_of(token, thread % kRowsPerBlock));
   }
   // Any grid has at least one block, and blocks that wait are the first: the others can always run.
   for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
@@ -161,7 +166,7 @@ __global__ void __launch_bounds__(kRouterThreads) router_few_kernel(const __grid
     unsigned long long* slots = words + (int64_t)token * p.num_experts;
     if (ranks) {
       const float logit = thread < p.num_experts ? await_logit(slots + thread) * factor : 0.0f;
-      choose_by_rank(p, token, scratch, bias, logit, candidate);
+      choose_by_rank(p, token, scratch, bias, logit);
     } else {
       choose_experts(p, token, scratch, [&](int e) { return await_logit(slots + e) * factor; });
     }
@@ -290,8 +295,8 @@ __global__ void __launch_bounds__(kRouterThreads, 2)
   };
   float acc[2][4][4] = {};
   fetch_weights(0);
-  allow_next_kernel();
   wait_for_previous_kernel();
+  allow_next_kernel();
   float4 x = fetch_tokens(0);
   for (int step = 0; step < steps; ++step) {
     *reinterpret_cast<float4*>(tokens_of(step) + tile_offset(thread / 8, thread % 8 * 4)) = x;
@@ -330,10 +335,10 @@ __global__ void __launch_bounds__(kRouterThreads)
   __shared__ ChoiceScratch scratch;
   const int token = blockIdx.x;
   const bool ranks = ranks_serve(p);
+  if (ranks) clear_ranks(p, scratch);
   const float bias = ranks && (int)threadIdx.x < p.num_experts ? __ldg(p.expert_bias + threadIdx.x) : 0.0f;
-  const Candidate candidate(p);
-  allow_next_kernel();
   wait_for_previous_kernel();
+  allow_next_kernel();
   float factor = 1.0f;
   if (p.norm_weight != nullptr) {
     float squares = 0.0f;
@@ -349,8 +354,7 @@ __global__ void __launch_bounds__(kRouterThreads)
     return sum * factor;
   };
   if (ranks) {
-    choose_by_rank(p, token, scratch, bias, (int)threadIdx.x < p.num_experts ? logit(threadIdx.x) : 0.0f,
-                   candidate);
+    choose_by_rank(p, token, scratch, bias, (int)threadIdx.x < p.num_experts ? logit(threadIdx.x) : 0.0f);
   } else {
     choose_experts(p, token, scratch, logit);
   }

@@ -70,7 +70,6 @@ __global__ void __launch_bounds__(kMaxRowThreads) row_kernel(RowArgs args) {
   RawOctet raw[kOctets], second[kOctets], weight[kOctets];
   float x[kOctets][kOctet];
 
-  allow_next_kernel();
 #pragma unroll
   for (int v = 0; v < kOctets; ++v) {
     const int octet = threadIdx.x + v * blockDim.x;
@@ -78,6 +77,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) row_kernel(RowArgs args) {
       weight[v] = load_raw(args.weight, octet * kOctet, DType::kFloat32);
   }
   wait_for_previous_kernel();
+  allow_next_kernel();
 #pragma unroll
   for (int v = 0; v < kOctets; ++v) {
     const int octet = threadIdx.x + v * blockDim.x;

@@ -1,5 +1,4 @@
-// Plans and tensor maps of the product on sm_90a. The maps are encoded for each launch through the driver's
-// entry point: that takes a microsecond on the host, and nothing is linked against libcuda.
+// Plans and launches of the product on sm_90a.
 #include "projection/hopper.cuh"
 
 #include "common/check.h"
@@ -27,35 +26,10 @@ Plan make_plan(const ProjectionParams& params, int multiprocessors) {
   return plan;
 }
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Rows of bytes; what lies outside of them is zero.
-Status encode(Encode encoder, CUtensorMap* map, const void* address, int64_t rows, int64_t row_bytes,
-              int64_t stride, int box_rows) {
-  const cuuint64_t sizes[2] = {(cuuint64_t)row_bytes, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)stride};
-  const cuuint32_t box[2] = {kSumBytes, (cuuint32_t)box_rows}, steps[2] = {1, 1};
-  const CUresult result =
-      encoder(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(address), sizes, strides, box, steps,
-              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result == CUDA_SUCCESS) return Status{};
-  return Status{StatusCode::kLaunchFailed, "cuTensorMapEncodeTiled", "success", (int64_t)result};
-}
-
 Status encode_maps(const ProjectionParams& params, int tokens, Maps* maps) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess)
-    return Status{StatusCode::kUnsupported, "cuTensorMapEncodeTiled", "a driver of CUDA 12 or newer", 0};
-  const auto encoder = reinterpret_cast<Encode>(found);
   const int64_t size = (int64_t)size_of(params.weight_dtype), row_bytes = params.k * size;
-  RING_RETURN_IF_ERROR(encode(encoder, &maps->weights, params.weight, params.n, row_bytes, row_bytes, kRows));
-  return encode(encoder, &maps->tokens, params.input, params.m, row_bytes, params.input_row_stride * size,
-                tokens);
+  RING_RETURN_IF_ERROR(encode_map(&maps->weights, params.weight, params.n, row_bytes, row_bytes, kRows));
+  return encode_map(&maps->tokens, params.input, params.m, row_bytes, params.input_row_stride * size, tokens);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "moe/grouped_hopper_ptx.cuh"
 #include "projection/hopper.h"
 #include "projection/output.cuh"
+#include "projection/tensor_map.h"
 
 // Eight tokens at once, beside the widths of the grouped products.
 namespace ringkernels::grouped {
@@ -27,7 +28,6 @@ namespace ringkernels::hopper_projection {
 using grouped::Format;
 
 constexpr int kRows = 64;       // of a tile
-constexpr int kSumBytes = 128;  // of each row and stage
 constexpr int kConsumers = 128;
 constexpr int kThreads = kConsumers + 32;
 constexpr int kMaxSplit = 4;
@@ -87,8 +87,8 @@ class Producer {
     for (int i = early_; i < min(part_.count, kMaxEarly); ++i)
       prefetch_2d(&maps_.weights, (part_.first + i) * kSumBytes, part_.tile * kRows);
   }
+  // After the wait for the kernel ahead.
   __device__ __forceinline__ void ask_rest() {
-    wait_for_previous_kernel();
     for (int i = 0; i < early_; ++i) tokens(i, i);
     int stage = 0;
     uint32_t phase = 0;
@@ -313,7 +313,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr bool kQuantized = kFormat == Format::kFp8 || kFormat == Format::kInt8;
   const Part part(p, plan);
   Producer<kTokens> producer(shared, maps, part);
-  allow_next_kernel();
   if (threadIdx.x == kConsumers) {
     for (int stage = 0; stage < S::kStages; ++stage) {
       grouped::barrier_init(&shared.full[stage], 1);
@@ -330,10 +329,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   auto* const sums = reinterpret_cast<Sum*>(shared.weights);
   if (threadIdx.x >= kConsumers) {
+    wait_for_previous_kernel();
+    allow_next_kernel();
     if (threadIdx.x == kConsumers) producer.ask_rest();
     __syncwarp();
   } else {
     wait_for_previous_kernel();
+    allow_next_kernel();
     if (kQuantized && threadIdx.x < p.m)
       shared.token_scale[threadIdx.x] = p.input_scale ? p.input_scale[threadIdx.x] : *p.static_scale;
     asm volatile("bar.sync 1, 128;" ::: "memory");  // scales are there

@@ -1,6 +1,7 @@
 // Checks, the plan of a launch, and the choice of an instantiation.
 #include "common/check.h"
 #include "projection/hopper.h"
+#include "projection/hopper_row.h"
 #include "projection/kernel.cuh"
 #include "projection/large.h"
 #include "ringkernels/projection.h"
@@ -184,6 +185,8 @@ Status launch(const ProjectionParams& params, Stream stream) {
   if (params.m > kMaxSmallRows) return launch_large_projection(params, stream);
   DeviceLimits limits = {};
   RING_RETURN_IF_ERROR(device_limits(&limits));
+  if (hopper_row_serves(params, limits.major, limits.multiprocessors))
+    return launch_hopper_row(params, limits.multiprocessors, stream);
   if (hopper_projection_serves(params, limits.major, limits.multiprocessors))
     return launch_hopper_projection(params, limits.multiprocessors, stream);
   ProjectionPlan plan = {};

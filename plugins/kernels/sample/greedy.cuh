@@ -81,6 +81,7 @@ greedy_kernel(const __grid_constant__ SampleParams params, GreedyWorkspace works
   if (threadIdx.x == 0) {
     params.tokens[row] = 0xffffffffu - static_cast<uint32_t>(best);
     workspace.arrived[row] = 0;
+    if (params.next_position != nullptr) ++params.next_position[row];
   }
 }
 

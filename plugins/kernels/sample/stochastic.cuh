@@ -159,7 +159,9 @@ __global__ void __launch_bounds__(kSampleThreads) stochastic_kernel(const __grid
     }
     best = block_max(best, shared);
   }
-  if (threadIdx.x == 0) params.tokens[index] = 0xffffffffu - static_cast<uint32_t>(best);
+  if (threadIdx.x > 0) return;
+  params.tokens[index] = 0xffffffffu - static_cast<uint32_t>(best);
+  if (params.next_position != nullptr) ++params.next_position[index];
 }
 
 }  // namespace ringkernels

@@ -162,22 +162,15 @@ class References:
         model: PackedReference, ids: Tokens, last: int, engine: Choices | None
     ) -> tuple[Tensor, Choices]:
         """Return logits [B * last, vocab] and the experts that the model itself would choose."""
-        tokens, state = torch.from_numpy(ids), model.new_state(len(ids))
-        own: list[Choices] = []
-        logits = torch.empty(0)
-        for part in (slice(0, ids.shape[1] - last), slice(ids.shape[1] - last, None)):
-            some = tokens[:, part]
-            if not some.shape[1]:
-                continue
-            forced = None
-            if engine is not None:
-                forced = {layer: one[:, part].flatten(0, 1) for layer, one in engine.items()}
-            logits = model.forward(
-                some, None, state, every_position=part.stop is None, experts=forced
-            )
-            own.append({i: one.view(*some.shape, -1) for i, one in model.own_choices.items()})
-        choices = {layer: torch.cat([one[layer] for one in own], dim=1) for layer in own[0]}
-        return logits.flatten(0, 1).float(), choices
+        forced = None
+        if engine is not None:
+            forced = {layer: one.flatten(0, 1) for layer, one in engine.items()}
+        tokens = torch.from_numpy(ids)
+        logits = model.forward(
+            tokens, None, model.new_state(len(ids)), every_position=True, experts=forced
+        )
+        own = {layer: one.view(*ids.shape, -1) for layer, one in model.own_choices.items()}
+        return logits[:, -last:].flatten(0, 1).float(), own
 
 
 def _share(found: Choices, expected: Choices, last: int) -> float:
@@ -239,7 +232,7 @@ def check_decode(
     chosen = [_chosen(runner, (batch, prompt))]
     for place in range(prompt, prompt + steps):
         found.append(runner.decode(ids[:, place], state)[rows])
-        chosen.append(_chosen(runner, (batch, 1), context=place + 1))
+        chosen.append(_chosen(runner, (batch, 1), decoded=True))
     experts = _joined(chosen)
     if experts is not None:
         experts = {layer: one[torch.from_numpy(rows)] for layer, one in experts.items()}
@@ -247,19 +240,19 @@ def check_decode(
     return references.compare(f"decode, batch {batch}", logits, ids[rows], experts)
 
 
-def _chosen(runner: Runner, shape: tuple[int, int], context: int | None = None) -> Choices | None:
+def _chosen(runner: Runner, shape: tuple[int, int], *, decoded: bool = False) -> Choices | None:
     """Return the experts of the last call for `shape` = (rows, tokens) on the host.
 
     Args:
         runner: only the fast engine tells.
         shape: of the call; all its tokens went through the model at once.
-        context: of a decode step, with the new token; None for a prompt.
+        decoded: it was a decode step, not a prompt.
     """
     if not isinstance(runner, CudaRunner):
         return None
     found = runner.network.expert_ids
-    if context is not None:
-        found = runner.graphs.step(shape[0], context).expert_ids
+    if decoded:
+        found = runner.graphs.step(shape[0]).expert_ids
     rows, tokens = shape
     chosen = {}
     for layer, ids in found.items():

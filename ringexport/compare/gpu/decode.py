@@ -104,7 +104,7 @@ def warm_step(runner: CudaRunner, batch: int, context: int, steps: int) -> Decod
         state.position[:] = context
         runner.replay(tokens, state, range(batch), steps=steps)
         fill_state(runner)
-    return runner.graphs.step(batch, context + steps)
+    return runner.graphs.step(batch)
 
 
 def _time(step: DecodeStep, context: int, steps: int) -> float:

@@ -85,17 +85,19 @@ def _decode(
     """Return the recurrent states at `places` and the experts of all steps."""
     state = runner.new_state(1)
     states: dict[int, States] = {}
-    chosen: dict[int, list[Tensor]] = {}
+    chosen: list[Tensor] = []
+    layers: list[int] = []
     for place in range(tokens.shape[1]):
-        runner.decode(tokens[:, place], state)
-        step = runner.graphs.step(1, place + 1)
-        for layer, ids in step.expert_ids.items():
-            chosen.setdefault(layer, []).append(ids[:1].clone())
+        runner.replay(tokens[:, place], state, range(1), steps=1)
+        found = runner.graphs.step(1).expert_ids
+        layers = list(found)
+        chosen.append(torch.stack([ids[0] for ids in found.values()]))
         if place + 1 in places:
             slot = state.slots[0]
             pool = runner.pool.recurrent_state
             states[place + 1] = {layer: one[slot].clone() for layer, one in pool.items()}
-    return states, {layer: torch.cat(ids)[None] for layer, ids in chosen.items()}
+    experts = torch.stack(chosen, dim=1)[:, None]  # [layers, 1, T, top_k]
+    return states, dict(zip(layers, experts, strict=True))
 
 
 def _drift(steps: int, engine: States, held: Sequence[ReferenceState]) -> Drift:
@@ -124,7 +126,7 @@ def time_steps(runner: CudaRunner, steps: int, window: int = 128) -> list[float]
     """
     state = runner.new_state(1)
     runner.replay(np.zeros(1, dtype=np.int64), state, range(1), steps=steps)
-    step = runner.graphs.step(1, steps)
+    step = runner.graphs.step(1)
     runner.pool.reset(state.slots)
     step.position.zero_()
     found = []

@@ -11,21 +11,31 @@ import torch
 
 from ringexport.compare.gpu.agreement import Agreement, References, check_decode, check_prefill
 from ringexport.compare.gpu.decode import DecodeSpeed, measure_decode
-from ringexport.compare.gpu.memory import EngineMemory, used_bytes
+from ringexport.compare.gpu.memory import EngineMemory, forget_peak, measure_memory
 from ringexport.compare.gpu.opening import Gpu
 from ringexport.compare.gpu.prefill import PrefillSpeed, measure_prefill
 from ringexport.compare.gpu.profile import StepProfile, profile_decode
 from ringexport.compare.gpu.traffic import measure_read_rate
 from ringexport.compare.speed import BenchConfig
-from ringexport.errors import RingExportError, ToleranceExceededError
+from ringexport.errors import ConfigError, RingExportError, ToleranceExceededError
 from ringexport.kernels.library import KernelLibrary
 from ringexport.progress import NoProgress, Progress
+from ringexport.runtime.backends.cuda.graphs import BATCH_BUCKETS
 from ringexport.runtime.backends.cuda.runner import CudaOptions, CudaRunner
 from ringexport.runtime.backends.cuda.weights import DeviceWeights
 
-__all__ = ["GridPoint", "GridResult", "check_engine", "measure_grid", "measure_point"]
+__all__ = [
+    "GridPoint",
+    "GridResult",
+    "check_engine",
+    "check_grid",
+    "compare_engine",
+    "measure_grid",
+    "measure_point",
+]
 
-_CHECKED_PROMPT = 100
+_CHECKED_PROMPT = 1000
+"""Enough that many tokens share an expert: other kernels than those of a few rows run."""
 _DECODED = 32
 """Room for the tokens of the checks of decoding, whatever the prompt's length."""
 
@@ -88,15 +98,29 @@ def _skipping(result: GridResult, what: str) -> Iterator[None]:
 def check_engine(
     weights: DeviceWeights, library: KernelLibrary, batches: tuple[int, ...]
 ) -> list[Agreement]:
+    """Return what `compare_engine` found.
+
+    Args:
+        weights, library, batches: as there.
+
+    Raises:
+        ToleranceExceededError: the logits differ by more than bf16 explains.
+    """
+    found = compare_engine(weights, library, batches)
+    for agreement in found:
+        agreement.check()
+    return found
+
+
+def compare_engine(
+    weights: DeviceWeights, library: KernelLibrary, batches: tuple[int, ...]
+) -> list[Agreement]:
     """Compare the engine with the reference: a prompt, and decoding at each batch.
 
     Args:
         weights: of the engine.
         library: the kernel library.
         batches: rows that are decoded together.
-
-    Raises:
-        ToleranceExceededError: the logits differ by more than bf16 explains.
     """
     references = References(weights)
     prompt = min(_CHECKED_PROMPT, weights.config.context_length)
@@ -107,9 +131,26 @@ def check_engine(
     del references, runner
     gc.collect()  # the reference's head is large, and in a cycle with its layers
     torch.cuda.empty_cache()
-    for agreement in found:
-        agreement.check()
     return found
+
+
+def check_grid(config: BenchConfig, context_length: int) -> None:
+    """Refuse numbers that the fast engine cannot be measured with.
+
+    Args:
+        config: the grid.
+        context_length: tokens that a row of the model holds.
+
+    Raises:
+        ConfigError: as `BenchConfig.check`, or more rows than one captured step decodes.
+    """
+    config.check(context_length)
+    rows, most = max(config.batch), BATCH_BUCKETS[-1]
+    if rows > most:
+        raise ConfigError(
+            f"bench would decode {rows:,} rows in one step, the fast engine takes {most} at most",
+            hint="give a smaller --batch",
+        )
 
 
 def measure_grid(
@@ -128,10 +169,10 @@ def measure_grid(
         progress: told of the points.
 
     Raises:
-        ConfigError: lengths that the context does not hold.
+        ConfigError: as `check_grid`.
         ToleranceExceededError: wrong results, or a router that has collapsed.
     """
-    config.check(weights.config.context_length)
+    check_grid(config, weights.config.context_length)
     report = progress or NoProgress()
 
     result = GridResult(read_rate=measure_read_rate(gpu.device))
@@ -175,6 +216,7 @@ def measure_point(
         RingExportError: the memory of the GPU does not suffice.
     """
     batch, context = shape
+    forget_peak()
     options = CudaOptions(max_batch=batch, max_context=context + config.decode)
     with CudaRunner(weights, gpu.library, model_digest=str, options=options) as runner:
         speed = measure_decode(
@@ -186,8 +228,7 @@ def measure_point(
             steps=config.decode,
             repeat=config.repeat,
         )
-        taken = used_bytes(gpu.device) - gpu.used_before
-        memory = EngineMemory(plan=runner.plan, measured=taken)
+        memory = measure_memory(runner, gpu.used_before)
         del runner
     torch.cuda.empty_cache()
     profile = profile_decode(weights, gpu.library, batch=batch, context=context)

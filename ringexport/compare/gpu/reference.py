@@ -6,8 +6,9 @@ engine rounds them. In fp32 only the order of sums and the rounding of activatio
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
-from ringexport.model.layers import route
+from ringexport.model.layers import Step, Weights, route
 from ringexport.model.linear_attention import plain
 from ringexport.model.network import ReferenceModel
 from ringexport.model.state import ReferenceState
@@ -29,7 +30,7 @@ __all__ = ["PackedReference", "dequantized"]
 
 _BLOCK = 128
 _AT_ONCE = 16
-"""Experts that are dequantized together: 134 MB of Ring-mini's."""
+"""Experts that are dequantized together: 134 MB of Ring-mini's in fp32."""
 _FORCE = 64.0
 """Scores are below 1 and biases small: nothing else reaches an expert with so much more."""
 _VECTORS = {
@@ -102,36 +103,24 @@ class _Weight(Tensor):
             return found
 
 
-class _Matrices:
-    """Matrices of a packed tensor by number; they are dequantized a few at a time."""
-
-    def __init__(self, owner: "PackedReference", name: str, *, interleaved: bool) -> None:
-        self._owner = owner
-        self._name = name
-        self._interleaved = interleaved
-        self._first: int | None = None
-        self._held: Tensor | None = None
-
-    def __getitem__(self, index: int) -> Tensor:
-        owner, first = self._owner, index - index % _AT_ONCE
-        packed = owner.weights.matrix(self._name)
-        if packed.values.ndim == 2:
-            return owner.matrix(self._name, interleaved=self._interleaved)
-        if self._held is None or first != self._first:
-            some = slice(first, first + _AT_ONCE)
-            scale = None if packed.scale is None else packed.scale[some]
-            part = replace(packed, values=packed.values[some], scale=scale)
-            self._held = dequantized(part, interleaved=self._interleaved).to(owner.dtype)
-            self._first = first
-        return owner.rounded(self._held[index - first], packed)
-
-
 class _Layer(Mapping[str, Any]):
     """One layer under the names that the reference model reads."""
 
     def __init__(self, owner: "PackedReference", layer: int) -> None:
         self._owner = owner
         self._layer = layer
+
+    def experts(self, part: str, ids: Sequence[int]) -> tuple[Tensor, InputRounding | None]:
+        """Return some experts [E, N, K] of "gate_up" or "down", and how their input is rounded."""
+        owner = self._owner
+        packed = owner.weights.matrix(f"layers.{self._layer}.experts.{part}")
+        values, scale = packed.values, packed.scale
+        index = torch.tensor(ids, device=values.device)
+        # As bytes, since torch does not index all dtypes of 8 bits.
+        some = values.view(torch.uint8)[index].view(values.dtype)
+        chosen = replace(packed, values=some, scale=None if scale is None else scale[index])
+        wide = dequantized(chosen, interleaved=part == "gate_up").to(owner.dtype)
+        return wide, owner.rounding(packed)
 
     def __getitem__(self, key: str) -> Any:
         owner, prefix = self._owner, f"layers.{self._layer}."
@@ -144,7 +133,7 @@ class _Layer(Mapping[str, Any]):
         unit, _, part = key.rpartition(".")
         if part in {"gate_up", "down"}:
             packed = "shared" if unit == "mlp.shared_experts" else "experts"
-            return _Matrices(owner, f"{prefix}{packed}.{part}", interleaved=part == "gate_up")
+            return [owner.matrix(f"{prefix}{packed}.{part}", interleaved=part == "gate_up")]
         rows = owner.config.qkv_rows(self._layer)
         name, part_of = {
             "attention.dense.weight": ("attention.output", None),
@@ -197,6 +186,7 @@ class PackedReference(ReferenceModel):
     def _name_layers(self) -> None:
         layers: Any = [_Layer(self, layer) for layer in range(self.config.num_hidden_layers)]
         self._layers = layers
+        self._step = partial(Step, config=self.config, experts=_routed_experts)
 
     def in_dtype(self, dtype: torch.dtype) -> "PackedReference":
         """Return the same model in another dtype; nothing is copied."""
@@ -214,37 +204,39 @@ class PackedReference(ReferenceModel):
         interleaved: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Return a matrix [N, K], or rows of it, in `dtype` (None: the model's), scales applied."""
+        """Return a matrix [N, K], or rows of it, in `dtype` (None: the model's), scales applied.
+
+        A product with it rounds the other operand as the engine does.
+        """
         packed = self.weights.matrix(name)
         found = dequantized(packed, interleaved=interleaved).to(dtype or self.dtype)
-        return self.rounded(found if rows is None else found[rows], packed)
+        found = found[0] if found.ndim > 2 else found  # a dense MLP is a layer of one expert
+        rounding = self.rounding(packed)
+        found = found if rows is None else found[rows]
+        if rounding is None:
+            return found
+        weight = found.as_subclass(_Weight)
+        weight.rounding = rounding
+        return weight
 
-    def rounded(self, matrix: Tensor, packed: DeviceMatrix) -> Tensor:
-        """Return `matrix`, whose input is rounded from now on as that of `packed` is."""
+    def rounding(self, packed: DeviceMatrix) -> InputRounding | None:
+        """Return how the input of a matrix is rounded, None if it is not."""
         number_format = packed.format.number_format
         if not self._round_inputs or number_format is None:
-            return matrix
-        weight = matrix.as_subclass(_Weight)
-        weight.rounding = _rounding(number_format, block=packed.format.block)
-        return weight
+            return None
+        granularity = Granularity.parse(f"group({_BLOCK})" if packed.format.block else "token")
+        return InputRounding(number_format=number_format, granularity=granularity, scale=None)
 
     def new_state(self, batch: int) -> ReferenceState:
         """See `ReferenceModel.new_state`."""
-        plain_state = super().new_state(batch)
+        empty = super().new_state(batch)
         if not (self._round_inputs and self.weights.fp8_cache):
-            return plain_state
-        scales = {
-            layer: tuple(self.weights[f"layers.{layer}.attention.kv_scale"].tolist())
-            for layer in self.config.softmax_layers
-        }
-        return QuantizedState(
-            position=plain_state.position,
-            recurrent_state=plain_state.recurrent_state,
-            kv_cache=plain_state.kv_cache,
-            context_length=plain_state.context_length,
-            cache_format=NumberFormat.FP8_E4M3,
-            cache_scales=scales,
-        )
+            return empty
+        scales = {}
+        for layer in self.config.softmax_layers:
+            key, value = self.weights[f"layers.{layer}.attention.kv_scale"].tolist()
+            scales[layer] = (key, value)
+        return QuantizedState.of(empty, NumberFormat.FP8_E4M3, scales)
 
     def expert_bias(self, layer: int) -> Tensor:
         """Return the router's bias [E], or [N, E] that makes it choose the experts forced on it."""
@@ -290,6 +282,38 @@ class PackedReference(ReferenceModel):
         )
 
 
-def _rounding(number_format: NumberFormat, *, block: bool) -> InputRounding:
-    granularity = Granularity.parse(f"group({_BLOCK})" if block else "token")
-    return InputRounding(number_format=number_format, granularity=granularity, scale=None)
+def _routed_experts(
+    hidden: Tensor, weights: Weights, expert_ids: Tensor, routing_weights: Tensor
+) -> Tensor:
+    """See `routed_experts`; some experts at once, each with as many rows as one of them has."""
+    assert isinstance(weights, _Layer)
+    order = expert_ids.flatten().argsort(stable=True)
+    token, factor = order // expert_ids.shape[1], routing_weights.flatten()[order, None]
+    output = torch.zeros_like(hidden, dtype=factor.dtype)
+    counts = expert_ids.flatten().bincount().tolist()
+    hit = [(expert, count) for expert, count in enumerate(counts) if count]
+    stop = 0
+    for first in range(0, len(hit), _AT_ONCE):
+        ids, sizes = zip(*hit[first : first + _AT_ONCE], strict=True)
+        start, stop = stop, stop + sum(sizes)
+        chosen = token[start:stop]
+        place = _places(sizes, hidden.device)
+        rows = hidden.new_zeros((len(ids), max(sizes), hidden.shape[1]))
+        rows[place] = hidden[chosen]
+        for part in ("gate_up", "down"):
+            matrices, rounding = weights.experts(part, ids)
+            rows = rows if rounding is None else rounding(rows)
+            rows = rows @ matrices.mT
+            if part == "gate_up":
+                gate, up = rows.chunk(2, dim=-1)
+                rows = F.silu(gate) * up
+        output.index_add_(0, chosen, rows[place] * factor[start:stop])
+    return output
+
+
+def _places(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return indices (i, j) with j < sizes[i], in their order."""
+    counts = torch.tensor(sizes)
+    group = torch.arange(len(sizes)).repeat_interleave(counts)
+    place = torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]
+    return group.to(device), place.to(device)

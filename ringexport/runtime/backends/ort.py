@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ringexport.runtime.backends.ort_base import OrtRunnerBase
+from ringexport.runtime.backends.ort_base import OrtRunnerBase, graph_inputs
 from ringexport.runtime.backends.ort_session import (
     STATE_TENSORS,
     Binding,
@@ -197,15 +197,8 @@ class OrtRunner(OrtRunnerBase[OrtState]):
         *,
         probes: dict[str, Array] | None = None,
     ) -> _Call:
-        batch, width = tokens.shape
-        sizes = np.full(batch, width) if lengths is None else lengths
-        inputs: dict[str, Array] = {
-            "tokens": np.array(tokens, dtype=np.int64, order="C"),
-            "lengths": np.array(sizes, dtype=np.int32),
-            "position": np.array(state.position[rows], dtype=np.int32),
-            "logits_index": np.array(logits_index, dtype=np.int64, order="C"),
-        }
-        shape = (batch, logits_index.shape[1], self.spec.vocab_size)
+        inputs = graph_inputs(tokens, state.position[rows], logits_index, lengths)
+        shape = (*logits_index.shape, self.spec.vocab_size)
         logits: Logits = np.empty(shape, dtype=np.float32)
         session = self._session if probes is None else self._probe_session
         binding = session.io_binding()

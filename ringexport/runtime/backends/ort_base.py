@@ -24,7 +24,7 @@ from ringexport.runtime.backends.ort_session import (
 from ringexport.runtime.runner import BaseRunner, Logits, RunnerSpec, Tokens
 from ringexport.runtime.state import BaseState
 
-__all__ = ["BoundCall", "OrtRunnerBase", "row_groups"]
+__all__ = ["BoundCall", "OrtRunnerBase", "graph_inputs", "row_groups"]
 
 Array = npt.NDArray[Any]
 
@@ -219,6 +219,30 @@ class OrtRunnerBase(BaseRunner[StateT]):
     def _close(self) -> None:
         self._session = None
         self._probe_session = None
+
+
+def graph_inputs(
+    tokens: Tokens,
+    position: npt.NDArray[np.int64],
+    logits_index: Tokens,
+    lengths: Tokens | None = None,
+) -> dict[str, Array]:
+    """Return the inputs of a call but for the state: contiguous copies in the graph's dtypes.
+
+    Args:
+        tokens: [B, T].
+        position: [B] tokens that each row has seen.
+        logits_index: [B, L].
+        lengths: [B] tokens of each row; None means that no row is padded.
+    """
+    batch, width = tokens.shape
+    sizes = np.full(batch, width) if lengths is None else lengths
+    return {
+        "tokens": np.array(tokens, dtype=np.int64, order="C"),
+        "lengths": np.array(sizes, dtype=np.int32),
+        "position": np.array(position, dtype=np.int32),
+        "logits_index": np.array(logits_index, dtype=np.int64, order="C"),
+    }
 
 
 def row_groups(lengths: Tokens, position: Tokens) -> list[slice]:

@@ -1,8 +1,9 @@
 """ONNX Runtime on NVIDIA GPUs: state and cache stay on the device.
 
 The graph takes one input more than that of the CPU: `total_length`, in host memory (lower_cuda.py).
-A recorded graph keeps the value that it saw, so decode steps give it the capacity of the cache,
-which only says how the work is split; prompts give the true length.
+A recorded graph keeps the value that it saw, so decode steps give it the capacity of the smallest
+cache that holds the longest row, which says how the work is split and thereby the last bits of the
+result: they do not depend on what else the cache has held. Prompts give the true length.
 """
 
 import weakref
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ringexport.runtime.backends.ort_base import OrtRunnerBase
+from ringexport.runtime.backends.ort_base import OrtRunnerBase, graph_inputs
 from ringexport.runtime.backends.ort_session import (
     STATE_TENSORS,
     Binding,
@@ -24,7 +25,7 @@ from ringexport.runtime.backends.ort_session import (
     run_bound,
 )
 from ringexport.runtime.backends.trt_memory import CudaRuntime, DeviceArray, DeviceRuntime
-from ringexport.runtime.backends.trt_state import TrtState
+from ringexport.runtime.backends.trt_state import TrtState, grown_capacity
 from ringexport.runtime.runner import Logits, Tokens
 
 __all__ = ["OrtCudaRunner"]
@@ -34,6 +35,8 @@ Array = npt.NDArray[Any]
 MAX_GRAPHS = 16
 """CUDA graphs that a session records at most: it cannot give them back. More steps run plainly."""
 _NO_GRAPH = -1
+_Key = tuple[int, int, int, int]
+"""Of a decode step of a state: capacity, first and last row, total length."""
 
 
 @dataclass(slots=True)
@@ -47,7 +50,6 @@ class _Call:
     logits: DeviceArray
     total_length: npt.NDArray[np.int32]
     probes: list[tuple[DeviceArray, Array]]
-    capacity: int
     graph_id: int | None
 
     def run(self) -> Logits:
@@ -85,7 +87,8 @@ class OrtCudaRunner(OrtRunnerBase[TrtState]):
         options = options or OrtOptions(provider="cuda")
         self.cuda = cuda or CudaRuntime()
         self._graphs = 0
-        self._calls: weakref.WeakKeyDictionary[TrtState, _Call] = weakref.WeakKeyDictionary()
+        self._calls: weakref.WeakKeyDictionary[TrtState, dict[_Key, _Call]]
+        self._calls = weakref.WeakKeyDictionary()
         provider_options = {
             "user_compute_stream": str(self.cuda.stream),
             "use_tf32": "0",
@@ -111,16 +114,26 @@ class OrtCudaRunner(OrtRunnerBase[TrtState]):
         state.reserve(tokens)
 
     def _decode_call(self, state: TrtState, rows: slice) -> _Call:
-        call = self._calls.get(state)
-        if call is None or call.rows != rows or call.capacity != state.capacity:
-            tokens = np.zeros((rows.stop - rows.start, 1), dtype=np.int64)
-            call = self._bind(state, rows, tokens, np.zeros_like(tokens))
-            call.total_length[:] = state.capacity
-            if call.graph_id is not None and self._graphs < MAX_GRAPHS:
-                self._graphs += 1
-                call.graph_id = self._graphs
-                self._record(call, state)
-            self._calls[state] = call
+        longest = int(state.position[rows].max()) + 1
+        total_length = grown_capacity(longest, state.context_length)
+        key = (state.capacity, rows.start, rows.stop, total_length)
+        calls = self._calls.setdefault(state, {})
+        if key not in calls:
+            # A call of a smaller cache is void; one without a graph is cheap to bind again.
+            for old, call in list(calls.items()):
+                if old[0] != state.capacity or call.graph_id in {None, _NO_GRAPH}:
+                    del calls[old]
+            calls[key] = self._new_decode_call(state, rows, total_length)
+        return calls[key]
+
+    def _new_decode_call(self, state: TrtState, rows: slice, total_length: int) -> _Call:
+        tokens = np.zeros((rows.stop - rows.start, 1), dtype=np.int64)
+        call = self._bind(state, rows, tokens, np.zeros_like(tokens))
+        call.total_length[:] = total_length
+        if call.graph_id is not None and self._graphs < MAX_GRAPHS:
+            self._graphs += 1
+            call.graph_id = self._graphs
+            self._record(call, state)
         return call
 
     def _record(self, call: _Call, state: TrtState) -> None:
@@ -153,17 +166,9 @@ class OrtCudaRunner(OrtRunnerBase[TrtState]):
         *,
         probes: dict[str, Array] | None = None,
     ) -> _Call:
-        batch, width = tokens.shape
-        sizes = np.full(batch, width) if lengths is None else lengths
-        position = state.position[rows]
-        total = np.array([int((position + sizes).max())], dtype=np.int32)
-        values: dict[str, Array] = {
-            "tokens": tokens.astype(np.int64),
-            "lengths": sizes.astype(np.int32),
-            "position": position.astype(np.int32),
-            "logits_index": logits_index.astype(np.int64),
-        }
-        shape = (batch, logits_index.shape[1], self.spec.vocab_size)
+        values = graph_inputs(tokens, state.position[rows], logits_index, lengths)
+        total = (values["position"] + values["lengths"]).max(keepdims=True)
+        shape = (*logits_index.shape, self.spec.vocab_size)
         call = _Call(
             rows=rows,
             session=self._session if probes is None else self._probe_session,
@@ -172,7 +177,6 @@ class OrtCudaRunner(OrtRunnerBase[TrtState]):
             logits=self.array(*shape, dtype=np.float32),
             total_length=total,
             probes=[],
-            capacity=state.capacity,
             graph_id=_NO_GRAPH if self._options.cuda_graph else None,
         )
         binding = call.binding = call.session.io_binding()

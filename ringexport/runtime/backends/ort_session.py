@@ -84,7 +84,7 @@ class OrtOptions:
         threads: threads per operation, None for one per physical core.
         spin: let idle threads wait busily, which is faster but keeps the cores loaded.
         prefill_chunk: tokens per row and call.
-        cuda_graph: replay decode steps as CUDA graphs; off until it has been seen on a GPU.
+        cuda_graph: replay decode steps as CUDA graphs; for the provider cuda.
     """
 
     provider: str = "cpu"

@@ -8,7 +8,7 @@ factors that commute with the sum, so that only the order of rounding in fp32 di
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +138,23 @@ class QuantizedState(ReferenceState):
     cache_format: NumberFormat | None = None
     cache_scales: Mapping[int, tuple[float, float]]
 
+    @classmethod
+    def of(
+        cls,
+        empty: ReferenceState,
+        cache_format: NumberFormat | None,
+        cache_scales: Mapping[int, tuple[float, float]],
+    ) -> Self:
+        """Return `empty`, whose cache is rounded from now on."""
+        return cls(
+            position=empty.position,
+            recurrent_state=empty.recurrent_state,
+            kv_cache=empty.kv_cache,
+            context_length=empty.context_length,
+            cache_format=cache_format,
+            cache_scales=cache_scales,
+        )
+
     def append(
         self, layer: int, layout: TokenLayout, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -216,15 +233,7 @@ class QuantizedModel(ReferenceModel):
 
     def new_state(self, batch: int) -> ReferenceState:
         """See `ReferenceModel.new_state`."""
-        plain = super().new_state(batch)
-        return QuantizedState(
-            position=plain.position,
-            recurrent_state=plain.recurrent_state,
-            kv_cache=plain.kv_cache,
-            context_length=plain.context_length,
-            cache_format=self._cache_format,
-            cache_scales=self._cache_scales,
-        )
+        return QuantizedState.of(super().new_state(batch), self._cache_format, self._cache_scales)
 
     def forward(
         self,

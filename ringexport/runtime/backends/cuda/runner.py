@@ -20,7 +20,7 @@ from ringexport.runtime.backends.cuda.graphs import (
 )
 from ringexport.runtime.backends.cuda.kernels import Kernels, Rotary
 from ringexport.runtime.backends.cuda.network import Crossovers, Network, PackedRows
-from ringexport.runtime.backends.cuda.plan import plan_memory
+from ringexport.runtime.backends.cuda.plan import LOGIT_ROWS, plan_memory
 from ringexport.runtime.backends.cuda.state import StatePool
 from ringexport.runtime.backends.cuda.transfers import uploaded
 from ringexport.runtime.backends.cuda.weights import DeviceWeights
@@ -31,7 +31,6 @@ from ringexport.runtime.state import BaseState, DecodeState, StateLayout, StateS
 __all__ = ["CudaOptions", "CudaRunner", "CudaState"]
 
 Array = npt.NDArray[Any]
-_LOGIT_ROWS = 64
 _TOKEN_BUDGET = 2048
 """Reading so many prompt tokens takes about as long as a decode step of a large batch."""
 
@@ -48,6 +47,7 @@ class CudaOptions:
         fp8_cache: keep the KV cache in FP8-E4M3 instead of bf16; None: as the weights say.
         chained: programmatic dependent launch.
         crossovers: which way to compute is used up to how many rows.
+        capture_ahead: capture the graphs of all batch sizes now, not when they are first needed.
     """
 
     max_batch: int = 16
@@ -57,6 +57,7 @@ class CudaOptions:
     fp8_cache: bool | None = None
     chained: bool = True
     crossovers: Crossovers = field(default_factory=Crossovers)
+    capture_ahead: bool = False
 
 
 class CudaState(BaseState):
@@ -200,7 +201,9 @@ class CudaRunner(BaseRunner[CudaState]):
         rotary = Rotary(torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device))
         self.kernels = Kernels(library, device, config.rms_norm_eps, chained=options.chained)
         self.network = Network(weights, self.kernels, self.pool, rotary, options.crossovers)
-        self.graphs = DecodeGraphs(self.network, device, lambda: self.kernels.launches)
+        self.graphs = DecodeGraphs(self.network, device, capacity, lambda: self.kernels.launches)
+        if options.capture_ahead:
+            self.graphs.capture_all(options.max_batch)
         self._chooser = DeviceChooser(self.network, self.graphs, options.max_batch, device)
 
     def choose_prefill(
@@ -311,8 +314,8 @@ class CudaRunner(BaseRunner[CudaState]):
     def _logits(self, residual: torch.Tensor) -> Logits:
         """Return the logits of [N, D] on the host, some rows at a time."""
         parts = []
-        for start in range(0, len(residual), _LOGIT_ROWS):
-            some = residual[start : start + _LOGIT_ROWS].contiguous()
+        for start in range(0, len(residual), LOGIT_ROWS):
+            some = residual[start : start + LOGIT_ROWS].contiguous()
             out = some.new_empty((len(some), self.spec.vocab_size))
             self.network.logits(some, out)
             parts.append(out.cpu().numpy())
@@ -347,7 +350,7 @@ class CudaRunner(BaseRunner[CudaState]):
         """Start steps of which each feeds the greedy choices of the one before; see `replay`."""
         self._chooser.forget()
         count, position = len(rows), state.position[list(rows)]
-        step = self.graphs.step(count, int(position.max()) + steps)
+        step = self.graphs.step(count)
         fill = np.zeros((3, bucket_of(count, BATCH_BUCKETS)), dtype=np.int64)
         fill[1] = -1
         fill[0, :count], fill[1, :count], fill[2, :count] = tokens, state.hold(rows), position

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/mma_tile.cuh"
 #include "common/vec.cuh"
 
 // 90a code only: other architectures compile these kernels to a trap, and their host never launches them.
@@ -13,7 +14,7 @@
 #endif
 
 namespace ringkernels {
-namespace linear_attention {
+namespace warpgroup {
 
 // A tile of rows of 128 bytes, 16-byte units XORed with the row (128-byte swizzle), at a multiple of 1024
 // bytes. Its descriptor serves both ways of reading: rows of the product along the tile's rows, where `next`
@@ -109,6 +110,15 @@ __device__ __forceinline__ void wgmma_registers_rows(float (&d)[32], const uint3
   else
     RING_WGMMA_RS_64("f16", d, a, b, add, 0);
 }
+// d [64, 128] = a b^T (+ d), b with k along its rows.
+template <typename T>
+__device__ __forceinline__ void wgmma_registers_rows(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                                     bool add) {
+  if constexpr (kIsBf16<T>)
+    RING_WGMMA_RS_128("bf16", d, a, b, add, 0);
+  else
+    RING_WGMMA_RS_128("f16", d, a, b, add, 0);
+}
 // d [64, 128] += a b, b with k down its rows.
 template <typename T>
 __device__ __forceinline__ void wgmma_registers_columns(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
@@ -135,6 +145,42 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
+
+// A ring of kStages tiles in shared memory: one warpgroup fills it, others use it. full, empty: kStages
+// barriers each, of 128 arrivals and of one for each warp that uses the tiles.
+template <int kStages>
+struct TileRing {
+  uint32_t full;
+  uint32_t empty;
+
+  // The copying warpgroup: load(tile, stage) starts its copies. It announces a tile kLag tiles later, when
+  // they have arrived. Two stages less than the ring: those who compute look one tile ahead before they
+  // release the one they work on.
+  template <typename Load>
+  __device__ __forceinline__ void produce(int tiles, const Load& load) const {
+    constexpr int kLag = kStages - 2;
+    for (int tile = 0; tile < tiles + kLag; ++tile) {
+      if (tile < tiles) {
+        barrier_wait(empty + 8 * (tile % kStages), (tile / kStages & 1) ^ 1);
+        load(tile, tile % kStages);
+      }
+      mma_tile::copy_commit();
+      if (tile >= kLag) {
+        mma_tile::copy_wait<kLag>();
+        fence_proxy();
+        barrier_arrive(full + 8 * ((tile - kLag) % kStages));
+      }
+    }
+  }
+  __device__ __forceinline__ void wait(int tile) const {
+    barrier_wait(full + 8 * (tile % kStages), tile / kStages & 1);
+  }
+  __device__ __forceinline__ void release(int tile) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * (tile % kStages));
+  }
+};
+
 // Barrier `id` among `threads` threads of the block.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -150,5 +196,5 @@ __device__ __forceinline__ void take_registers() {
 
 #endif  // RING_HAS_WGMMA
 
-}  // namespace linear_attention
+}  // namespace warpgroup
 }  // namespace ringkernels
