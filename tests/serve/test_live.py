@@ -205,8 +205,9 @@ def test_terminated_under_load(nano_bundle: Path, drain: str, tokens: int) -> No
             lines = []
             for line in answer.iter_lines():
                 if line:
+                    if not lines:  # once for each stream: all of them have begun
+                        begun.release()
                     lines.append(line)
-                    begun.release()
             ends.append(lines[-1])
 
     threads = [threading.Thread(target=ask) for _ in range(6)]
