@@ -112,7 +112,13 @@ class KernelLibrary:
         structs = {name: _structure(name, fields) for name, fields in layout.items()}
         library = cls(handle, structs)
         for op, name in OPS.items():
-            size = int(library.function(op, "params_bytes")())
+            try:
+                size = int(library.function(op, "params_bytes")())
+            except AttributeError as error:
+                raise BackendUnavailableError(
+                    f"the kernel library {path} is of another version: it has no op {op}",
+                    hint=BUILD_HINT,
+                ) from error
             if name not in structs or ctypes.sizeof(structs[name]) != size:
                 raise BackendUnavailableError(
                     f"the kernel library {path} lays out {name} in {size} bytes, which this "

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,3 +57,13 @@ def test_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailableError, match="cannot be loaded") as caught:
         KernelLibrary.open(tmp_path / "libringkernels.so")
     assert "cmake" in str(caught.value.hint)
+
+
+def test_a_library_of_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that was built before an op was added has no function for it."""
+    older = SimpleNamespace(ring_layout=lambda: b"{}")
+    monkeypatch.setattr("ringexport.kernels.library.ctypes.CDLL", lambda _: older)
+    with pytest.raises(BackendUnavailableError, match=r"of another version: it has no op \w+"):
+        KernelLibrary.open(tmp_path / "libringkernels.so")
