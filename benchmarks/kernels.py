@@ -23,6 +23,7 @@ import kernels_moe
 import kernels_norm
 import kernels_prefill
 import kernels_projection
+import kernels_sample
 from gpu_timing import conditions
 from kernels_fla import Reference
 from tables import markdown, replace
@@ -57,6 +58,7 @@ FAMILIES: dict[str, Callable[[], Iterable[Row]]] = {
     "decode attention": lambda: kernels_attention.rows(CACHES),
     "prefill": kernels_prefill.rows,
     "norm": lambda: kernels_norm.rows((1, 64, 4096)),
+    "sample": lambda: kernels_sample.rows((1, 128)),
 }
 """Name to what measures it; linear attention comes last: its reference is imported meanwhile."""
 FLA_FAMILY = "linear attention"

@@ -26,7 +26,7 @@ class Work:
         prompt_tokens: of each request, random ids.
         new_tokens: of each answer.
         vocab_size: ids are drawn below it.
-        sampling: more fields of the requests.
+        sampling: more fields of the requests; OpenAI's default is temperature 1.
     """
 
     clients: int
@@ -82,11 +82,30 @@ class Outcome:
         return 1e3 * statistics.median(self.first_token)
 
 
+class _Rounds:
+    """All clients ask equally often, so that the server is never measured with some of them only.
+
+    Args:
+        seconds: after which no round begins any more; there is always one.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self._count = 1
+
+    def goes_on(self, answers: int) -> bool:
+        """Tell whether a client with so many answers asks again: as the first one with them did."""
+        if answers == self._count and time.monotonic() < self._end:
+            self._count += 1
+        return answers < self._count
+
+
 class _Client(asyncio.Protocol):
     """One connection, which is kept for all of its requests."""
 
-    def __init__(self, bodies: Iterator[bytes], outcome: Outcome, end: float) -> None:
-        self._bodies, self._outcome, self._end = bodies, outcome, end
+    def __init__(self, bodies: Iterator[bytes], outcome: Outcome, rounds: _Rounds) -> None:
+        self._bodies, self._outcome, self._rounds = bodies, outcome, rounds
+        self._answers = 0
         self._tail = b""
         self.closed = asyncio.get_running_loop().create_future()
 
@@ -124,20 +143,21 @@ class _Client(asyncio.Protocol):
             raise SystemExit(f"an answer ended with {self._tail!r}")
         self._outcome.tokens += int(found.split(b",")[0].split(b"}")[0])
         self._outcome.answers += 1
-        if time.monotonic() < self._end:
+        self._answers += 1
+        if self._rounds.goes_on(self._answers):
             self._ask()
         else:
             self._transport.close()
 
 
 async def drive(host: str, port: int, work: Work, seconds: float) -> Outcome:
-    """Run all clients; each asks again when its answer has ended, until `seconds` are over."""
-    loop, outcome = asyncio.get_running_loop(), Outcome()
+    """Run all clients; each asks again when its answer has ended, in rounds that begin in time."""
+    loop, outcome, rounds = asyncio.get_running_loop(), Outcome(), _Rounds(seconds)
     began, clients = time.monotonic(), []
     for number in range(work.clients):
         bodies = work.bodies(number)
         _, client = await loop.create_connection(
-            lambda bodies=bodies: _Client(bodies, outcome, began + seconds), host, port
+            lambda bodies=bodies: _Client(bodies, outcome, rounds), host, port
         )
         clients.append(client)
     lost = [found for found in await asyncio.gather(*(one.closed for one in clients)) if found]

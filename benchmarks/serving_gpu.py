@@ -19,6 +19,7 @@ from serving_clients import BATCH, LOADS, STEP_CONTEXT, Outcome, Work, drive
 from serving_vocabulary import VOCAB_SIZE
 from tables import markdown, replace
 
+SERVED = tuple((*load, temperature) for load in LOADS for temperature in (0, 1))
 STEP_HEADER = (
     f"{BATCH} rows at {STEP_CONTEXT} tokens",
     "ms a step",
@@ -27,6 +28,7 @@ STEP_HEADER = (
 )
 SERVER_HEADER = (
     "prompt and new tokens",
+    "chosen by",
     "server, new tokens/s",
     "of the engine without HTTP",
     "of decode steps alone",
@@ -53,12 +55,14 @@ def measure(arguments: argparse.Namespace) -> str:
         else:
             raise SystemExit("the server ended early")
         host, _, port = results[-1]["url"].rpartition("//")[2].partition(":")
-        for prompt_tokens, new_tokens in LOADS:
-            work = Work(BATCH, prompt_tokens, new_tokens, VOCAB_SIZE)
+        for prompt_tokens, new_tokens, temperature in SERVED:
+            sampling = {"temperature": temperature}
+            work = Work(BATCH, prompt_tokens, new_tokens, VOCAB_SIZE, sampling)
             found = asyncio.run(drive(host, int(port), work, arguments.seconds))
             outcomes.append(found)
             print(
-                f"{prompt_tokens} + {new_tokens}: {found.rate:,.0f} tokens/s,"
+                f"{prompt_tokens} + {new_tokens}, temperature {temperature}:"
+                f" {found.rate:,.0f} tokens/s,"
                 f" {found.answers} answers, first token {found.median_ms:.0f} ms",
                 flush=True,
             )
@@ -80,15 +84,15 @@ def tables(results: list[dict[str, Any]], outcomes: list[Outcome]) -> str:
                 (f"engine, {one['name']}", f"{1e3 * BATCH / rate:.2f}", f"{rate:,.0f}", share)
             )
     served = []
-    engines = [one for one in results if one["kind"] == "engine"]
-    for outcome, engine in zip(outcomes, engines, strict=True):
-        prompt_tokens, new_tokens = engine["load"]
+    engines = {tuple(one["load"]): one["whole"] for one in results if one["kind"] == "engine"}
+    for outcome, (*load, temperature) in zip(outcomes, SERVED, strict=True):
         rate = outcome.rate
         served.append(
             (
-                f"{prompt_tokens} and {new_tokens}",
+                "{} and {}".format(*load),
+                "temperature 1" if temperature else "greedy",
                 f"{rate:,.0f}",
-                f"{rate / engine['whole']:.1%}",
+                f"{rate / engines[tuple(load)]:.1%}",
                 f"{rate * step / BATCH:.1%}",
                 f"{outcome.median_ms:.0f} ms",
                 f"{outcome.first_token_ms(0.99):.0f} ms",

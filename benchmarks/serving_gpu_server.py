@@ -4,6 +4,7 @@ Each result is a line of JSON; the last one has the address, at which it serves 
 """
 
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -107,10 +108,18 @@ def engine_alone(engine: Engine, prompt_tokens: int, new_tokens: int, sampling: 
         ]
         new = sum(ticket.result().new_tokens for ticket in tickets)
         seconds = time.perf_counter() - begin
-    start, stop = max(times[0] for times in arrived), min(times[-1] for times in arrived)
-    steady = sum(start < moment <= stop for times in arrived for moment in times)
     first = statistics.median(times[0] - begin for times in arrived)
-    return Alone(new / seconds, steady / (stop - start), 1e3 * first)
+    return Alone(new / seconds, steady_rate(arrived), 1e3 * first)
+
+
+def steady_rate(arrived: list[list[float]]) -> float:
+    """Return tokens per second of the steps with all rows, from the times of each row's tokens.
+
+    The last row to begin has a token from every such step; its first one is from its prompt.
+    """
+    stop = min(times[-1] for times in arrived)
+    last = [moment for moment in max(arrived, key=lambda times: times[0])[1:] if moment <= stop]
+    return len(arrived) * (len(last) - 1) / (last[-1] - last[0]) if len(last) > 1 else math.nan
 
 
 def tell(**values: Any) -> None:

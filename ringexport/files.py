@@ -2,14 +2,17 @@
 
 import hashlib
 import stat
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 from ringexport.errors import RingExportError
 
-__all__ = ["file_exists", "read_regular", "resolve_inside", "sha256_of"]
+__all__ = ["file_exists", "is_truncated_library", "read_regular", "resolve_inside", "sha256_of"]
 
 _CHUNK_BYTES = 4 << 20
+_ELF_64 = b"\x7fELF\x02"
+_ELF_HEADER_BYTES = 64
 
 
 def resolve_inside(directory: Path, name: str, *, error: type[RingExportError]) -> Path:
@@ -76,6 +79,21 @@ def read_regular(path: Path, *, limit_bytes: int, error: type[RingExportError]) 
         return path.read_bytes()
     except OSError as failure:
         raise error(f"cannot read {path}: {failure.strerror or failure}") from failure
+
+
+def is_truncated_library(path: Path) -> bool:
+    """Say whether a shared library ends before its sections do; loading it would end the process.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        header = file.read(_ELF_HEADER_BYTES)
+    if len(header) < _ELF_HEADER_BYTES or not header.startswith(_ELF_64):
+        return False  # the loader says what it is instead
+    (offset,) = struct.unpack_from("<Q", header, 40)  # e_shoff
+    entry_bytes, count = struct.unpack_from("<HH", header, 58)  # e_shentsize, e_shnum
+    return bool(offset + entry_bytes * count > path.stat().st_size)
 
 
 def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> str:

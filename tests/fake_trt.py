@@ -102,6 +102,9 @@ class FakeContext:
                 most = limits.prefill_new_tokens if name == "tokens" else limits.prefill_logits
                 assert rows <= limits.prefill_rows
                 assert (2 if name == "tokens" else 1) <= width <= most
+        if name.startswith(("past_key.", "past_value.")):
+            room = (limits.decode_cache_tokens, limits.prefill_cache_tokens)[self.profile]
+            assert shape[2] <= room
         self.shapes[name] = tuple(shape)
         return True
 

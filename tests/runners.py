@@ -152,11 +152,13 @@ def _open_fake_engine(graph: Path, prefill_chunk: int) -> Runner:
     table = EngineTable(target="fake", versions={}, profile="", engine_bytes=6, counts={})
     table.write(graph / "layers.json", ())
     limits = TrtLimits(
-        context_length=4096,
+        context_length=8192,
         decode_rows=64,
+        decode_cache_tokens=4096,
         prefill_rows=2,
         prefill_new_tokens=max(prefill_chunk, 2),
         prefill_logits=64,
+        prefill_cache_tokens=5000,
     )
     cuda = FakeCuda()
     return TrtRunner(

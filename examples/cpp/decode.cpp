@@ -9,10 +9,12 @@
 
 namespace {
 
+constexpr long long kLargest = 1 << 30;
+
 int64_t number(char const* text) {
   char* end = nullptr;
   long long const value = std::strtoll(text, &end, 10);
-  if (end == text || *end != '\0' || value < 0) {
+  if (end == text || *end != '\0' || value < 0 || value > kLargest) {
     throw std::runtime_error("'" + std::string(text) + "' is no token id and no count");
   }
   return value;

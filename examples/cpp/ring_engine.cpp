@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <stdexcept>
@@ -24,9 +25,10 @@ void check(cudaError_t error, char const* what) {
 
 std::vector<char> read_file(std::string const& path) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
-  std::vector<char> bytes(file ? static_cast<size_t>(file.tellg()) : 0);
+  auto const size = std::filesystem::is_regular_file(path) ? static_cast<std::streamoff>(file.tellg()) : -1;
+  std::vector<char> bytes(static_cast<size_t>(std::max<std::streamoff>(size, 0)));
   file.seekg(0);
-  if (!file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
+  if (size < 0 || !file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
     throw std::runtime_error("cannot read " + path);
   }
   return bytes;
@@ -39,6 +41,18 @@ Function find(void* library, char const* name) {
     throw std::runtime_error(std::string("the TensorRT library has no ") + name);
   }
   return reinterpret_cast<Function>(symbol);
+}
+
+void set_shape(nvinfer1::IExecutionContext& context, char const* name, nvinfer1::Dims const& shape) {
+  if (context.setInputShape(name, shape)) {
+    return;
+  }
+  std::string text;
+  for (int32_t axis = 0; axis < shape.nbDims; ++axis) {
+    text += (axis > 0 ? " " : "") + std::to_string(shape.d[axis]);
+  }
+  throw std::runtime_error(std::string(name) + " of shape [" + text + "] is outside of the engine's profile, whose " +
+                           "limits are in manifest.json");
 }
 
 bool starts_with(std::string const& text, char const* start) { return text.rfind(start, 0) == 0; }
@@ -141,7 +155,7 @@ void Engine::bind_state(nvinfer1::IExecutionContext& context, State const& state
     }
     // One buffer is input and output: the plugins update the state in place.
     std::string const present = "present_" + name.substr(std::string("past_").size());
-    context.setInputShape(name.c_str(), shape);
+    set_shape(context, name.c_str(), shape);
     context.setTensorAddress(name.c_str(), buffer->data());
     context.setTensorAddress(present.c_str(), buffer->data());
   }
@@ -182,7 +196,7 @@ std::vector<float> Engine::feed(std::vector<std::vector<int64_t>> const& tokens,
     std::copy(shape.begin(), shape.end(), dims.d);
     inputs.push_back(std::make_unique<DeviceBuffer>(bytes));
     check(cudaMemcpy(inputs.back()->data(), values, bytes, cudaMemcpyHostToDevice), name);
-    context.setInputShape(name, dims);
+    set_shape(context, name, dims);
     context.setTensorAddress(name, inputs.back()->data());
   };
   auto const batch = static_cast<int64_t>(rows);

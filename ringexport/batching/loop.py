@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from ringexport.batching.chunks import ChunkRule
 from ringexport.batching.options import BatchingOptions, BatchingStats
 from ringexport.batching.pool import RowPool
 from ringexport.batching.prefix_cache import PrefixCache
-from ringexport.batching.request import Request, guarded
+from ringexport.batching.request import Request, as_own_error, guarded
 from ringexport.errors import RingExportError
 from ringexport.runtime.choosing import ChosenTokens, PendingTokens, TokenChoice, chooser_of
 from ringexport.runtime.generation import GenerationResult
@@ -36,8 +37,7 @@ COUNTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a request finds its token among those of a step.
 
     Attributes:
@@ -51,6 +51,11 @@ class _Place:
     row: int
     position: int
     attempt: int
+
+
+PREFILL_BOOST = 4
+"""Factor on the runner's own token budget while at most this many requests decode for each one that
+reads its prompt: a device reads more tokens at once faster, and few requests are held up by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,9 @@ class Loop:
         """Read chunks in turn, until one more would exceed the budget."""
         left = self._budget
         if self._chooser.asynchronous and not self._options.prefix_cache_bytes:
+            few_wait = len(self.running) <= PREFILL_BOOST * len(self.reading)
+            if self._options.token_budget is None and few_wait:
+                left *= PREFILL_BOOST
             left = self._read_together(left)
         while self.reading:
             request = self.reading[0]
@@ -330,19 +338,27 @@ class Loop:
             if isinstance(chosen, RingExportError):
                 self._recover([place.request for place in live], chosen)
                 continue
-            for place in live:
-                request = place.request
-                request.suspect = request.suspect and not step.decodes
-                error = guarded(partial(self._accept, place, chosen))
-                if error is not None:
-                    self._fail(request, error)
-                elif request.row.stop_reason is not None:
-                    self._finish(request)
+            if step.decodes:
+                for place in live:
+                    place.request.suspect = False
+            self._accept(live, chosen)
 
-    def _accept(self, place: _Place, chosen: ChosenTokens) -> None:
-        full = place.position >= self._runner.spec.context_length
-        place.request.accept(chosen, place.row, context_full=full)
-        self._counts["generated_tokens"] += 1
+    def _accept(self, places: Sequence[_Place], chosen: ChosenTokens) -> None:
+        """Give requests their tokens, and end those that have their last one."""
+        limit, accepted = self._runner.spec.context_length, 0
+        ended: list[Request] = []
+        for request, row, position, _ in places:
+            try:
+                request.accept(chosen, row, context_full=position >= limit)
+            except Exception as error:  # noqa: BLE001 - it is logged
+                self._fail(request, as_own_error(error))
+                continue
+            accepted += 1
+            if request.row.stop_reason is not None:
+                ended.append(request)
+        self._counts["generated_tokens"] += accepted
+        for request in ended:
+            self._finish(request)
 
     def _let_go(self) -> None:
         """Free the rows of requests that do not run any more."""

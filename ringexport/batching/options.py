@@ -17,7 +17,7 @@ class BatchingOptions:
         max_batch: requests that run at once, 1 to 128; fewer if the runner holds fewer.
         max_queue: requests that may wait besides; one more is refused with QueueFullError.
         token_budget: prompt tokens that are read between two decode steps; None for as many as suit
-            the runner.
+            the runner, and more while few requests decode beside those that wait for their first.
         prefix_cache_bytes: memory for states of prompts that may come again; 0 for no cache.
         max_new_tokens_limit: refuse requests that ask for more tokens than this.
 

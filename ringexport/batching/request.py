@@ -18,7 +18,7 @@ from ringexport.runtime.choosing import ChosenTokens
 from ringexport.runtime.generation import GenerationResult, Row
 from ringexport.runtime.state import DecodeState
 
-__all__ = ["Request", "guarded"]
+__all__ = ["Request", "as_own_error", "guarded"]
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,17 @@ def guarded(action: Callable[[], T]) -> T | RingExportError:
     """
     try:
         return action()
-    except RingExportError as error:
+    except Exception as error:  # noqa: BLE001 - it is logged
+        return as_own_error(error)
+
+
+def as_own_error(error: Exception) -> RingExportError:
+    """Return what a request fails with after an exception, which is logged if nobody expects it."""
+    if isinstance(error, RingExportError):
         return error
-    except Exception as error:
-        log.exception("a request failed with an error that nobody expected")
-        text = f"{type(error).__name__}: {error}"
-        return RingExportError(f"internal error: {text:.400}", hint="this is a bug; report it")
+    log.error("a request failed with an error that nobody expected", exc_info=error)
+    text = f"{type(error).__name__}: {error}"
+    return RingExportError(f"internal error: {text:.400}", hint="this is a bug; report it")
 
 
 class Request:
@@ -101,7 +106,7 @@ class Request:
         if context_full and row.stop_reason is None:
             text += row.finish("context")
         logprobs = tuple(row.logprobs[-1:])
-        self.tell(PieceEvent(text=text, token_ids=(row.token_ids[-1],), logprobs=logprobs))
+        self.tell(PieceEvent(text=text, token_ids=(chosen.ids[index],), logprobs=logprobs))
 
     def end(self, outcome: GenerationResult | RingExportError) -> None:
         """Give the owner the result or the error; the last thing that happens."""
@@ -113,11 +118,14 @@ class Request:
 
     def tell(self, event: Event) -> None:
         """Give the owner an event; an owner who fails is not asked again."""
-        if self._on_event is not None:
-            on_event = self._on_event
-            if isinstance(guarded(lambda: on_event(event)), RingExportError):
-                self._on_event = None
-                self.cancelled = True
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(event)
+        except Exception as error:  # noqa: BLE001 - it is logged
+            as_own_error(error)
+            self._on_event = None
+            self.cancelled = True
 
     def _cancel(self) -> None:
         self.cancelled = True

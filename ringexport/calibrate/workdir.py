@@ -69,7 +69,12 @@ class WorkStore:
         self._lock.close()
 
     def discard(self) -> None:
-        """Remove the directory with everything in it."""
+        """Remove the directory with everything in it.
+
+        The activations go first: a kill must not leave them without the stats before them.
+        """
+        for path in self.path.glob("hidden-*.st"):
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
 

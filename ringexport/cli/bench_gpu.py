@@ -78,6 +78,7 @@ def bench_bundle(
         RingExportError: whatever is wrong with the bundle, and as `bench_random_weights`.
     """
     from ringexport.bundle import EngineBundle
+    from ringexport.compare.gpu.grid import check_grid
     from ringexport.compare.gpu.opening import find_gpu, load_engine
 
     with app.terminal.progress() as progress:
@@ -87,6 +88,7 @@ def bench_bundle(
                 f"{path} has no target {target}, it has {', '.join(bundle.targets)}",
                 hint="build it with: ringexport build --target " + target,
             )
+        check_grid(config, bundle.manifest.model.context_length)
         directory = bundle.directory / bundle.targets[target].directory
         gpu = find_gpu(app.settings.kernel_library, target)
         model = bundle.directory / "model" / "config.json"

@@ -126,6 +126,7 @@ def command(
         gate_fallback=gate_fallback,
         profile=profile,
         plugin_library=app.settings.plugin_library,
+        kernel_library=app.settings.kernel_library,
     )
     terminal = app.terminal
     if dry_run:

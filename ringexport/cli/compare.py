@@ -181,7 +181,7 @@ def _show(terminal: "Terminal", result: "Comparison") -> None:
         for row in result.rows
     ]
     title = f"{result.found} against {result.expected}, {result.tokens} tokens"
-    terminal.table(columns, rows, title=title, right=(3,))
+    terminal.table(columns, rows, title=title, right=(3,), whole=(0, 1))
     notes = {row.note for row in result.rows if row.note}
     for note in sorted(notes):
         terminal.result(note)

@@ -89,6 +89,7 @@ class Terminal:
         *,
         title: str | None = None,
         right: Sequence[int] = (),
+        whole: Sequence[int] = (0,),
     ) -> None:
         """Write a table to stdout.
 
@@ -97,11 +98,12 @@ class Terminal:
             rows: texts; "yes" and "ok" are shown in green, "no" and "FAIL" in red.
             title: a line above it.
             right: columns that are flush right.
+            whole: columns that stay on one line where others have to be broken.
         """
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
         for index, name in enumerate(columns):
             flush: JustifyMethod = "right" if index in right else "left"
-            table.add_column(name, justify=flush, overflow="fold", no_wrap=index == 0)
+            table.add_column(name, justify=flush, overflow="fold", no_wrap=index in whole)
         for row in rows:
             table.add_row(*(_verdict(cell) for cell in row))
         if title:

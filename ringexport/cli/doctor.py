@@ -8,14 +8,19 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ringexport.cli.app import App, command_options, json_option, pass_app
 from ringexport.settings import load_toolchain
 from ringexport.version import __version__
+
+if TYPE_CHECKING:
+    from ringexport.cli.console import Terminal
 
 __all__ = ["Check", "TargetCheck", "check_machine", "check_targets", "command"]
 
@@ -65,18 +70,28 @@ def command(app: App, *, as_json: bool) -> None:
         return
     terminal = app.terminal
     terminal.table(
-        ("target", "works", "why", "to get it"),
-        [(t.target, _works(t), t.reason, t.install or "") for t in targets],
+        ("target", "works", "why"),
+        [(t.target, _works(t), t.reason) for t in targets],
         title=f"Targets of ringexport {__version__} on this machine",
     )
+    _show_installs(terminal, {t.target: t.install for t in targets})
     terminal.table(
-        ("part", "found", "detail", "to get it"),
-        [(c.name, _yes(c.found), c.detail, c.install or "") for c in checks],
+        ("part", "found", "detail"),
+        [(c.name, _yes(c.found), c.detail) for c in checks],
         title="What was looked for",
     )
+    _show_installs(terminal, {c.name: c.install for c in checks})
     if stale:
         terminal.result("\nLeft by builds that were killed; the next build to the same output")
         terminal.result("removes them, or remove them yourself: " + ", ".join(stale))
+
+
+def _show_installs(terminal: "Terminal", installs: Mapping[str, str | None]) -> None:
+    """Say how to get what is missing, on lines that can be copied whatever the width."""
+    known = {f"  {name}": text for name, text in installs.items() if text}
+    if known:
+        terminal.result("\nto get what is missing")
+        terminal.facts(known)
 
 
 def check_machine(
@@ -232,7 +247,7 @@ def _check_package(name: str, install: str) -> Check:
 
 
 def _check_tensorrt(name: str) -> Check:
-    """Look for the module of a flavour without importing it."""
+    """Import the module of a flavour in a process of its own: the two do not mix in one."""
     from ringexport.engine.flavor import FLAVORS, find_module
 
     flavor = FLAVORS[name]
@@ -244,7 +259,23 @@ def _check_tensorrt(name: str) -> Check:
         version = importlib.metadata.version(packages[0])
     except importlib.metadata.PackageNotFoundError:
         version = "unknown version"
-    return Check(name=name, found=True, detail=f"{version}, module {module}")
+    detail = f"{version}, module {module}"
+    problem = _import_problem(module)
+    if problem is not None:
+        detail += f", cannot be loaded: {problem}"
+        return Check(name=name, found=False, detail=detail, install=flavor.hint)
+    return Check(name=name, found=True, detail=detail)
+
+
+def _import_problem(module: str) -> str | None:
+    """Return the last line of what Python says to an import, None if it works."""
+    command = [sys.executable, "-c", f"import {module}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return said[-1] if done.returncode else None
 
 
 def _check_kernels(path: Path | None) -> Check:
@@ -267,15 +298,20 @@ def _check_kernels(path: Path | None) -> Check:
 def _check_plugins(path: Path | None) -> Check:
     """Read what the plugin library says about itself."""
     from ringexport.engine.plugins import BUILD_HINT, NO_KERNELS, find_library
+    from ringexport.engine.target import PLUGIN_ARCHITECTURES
     from ringexport.errors import RingExportError
 
     try:
         library = find_library(path)
     except RingExportError as error:
         return Check(name="TensorRT plugins", found=False, detail=error.message, install=BUILD_HINT)
-    kernels = library.kernels
-    what = "without kernels: engines build, nothing runs" if kernels == NO_KERNELS else kernels
-    return Check(name="TensorRT plugins", found=True, detail=f"{library.path}, kernels {what}")
+    missing = ", ".join(f"sm_{number}" for number in library.lacks(PLUGIN_ARCHITECTURES))
+    what = f"kernels {library.kernels}"
+    if library.kernels == NO_KERNELS:
+        what = "without kernels: engines build, nothing runs"
+    elif missing:
+        what += f": engines for {missing} build, and do not run"
+    return Check(name="TensorRT plugins", found=True, detail=f"{library.path}, {what}")
 
 
 def _check_onnxruntime() -> Check:

@@ -4,6 +4,7 @@ import click
 
 from ringexport.cli.main import COMMANDS, EXIT_CODES, cli
 from ringexport.pipeline.request import RECIPES, RUNNABLE, TARGET_FORMS
+from ringexport.pipeline.target_schemes import FP8_ARCHITECTURE
 from ringexport.settings import VARIABLES
 
 __all__ = ["render_reference"]
@@ -42,7 +43,11 @@ def _targets() -> str:
         f"`{form.name}`": ", ".join(f"`{name}`" for name in RUNNABLE[form.family])
         for form in TARGET_FORMS
     }
-    return "## Targets of `build`\n\n" + _table(("target", "recipes"), rows)
+    table = _table(("target", "recipes"), rows)
+    note = (
+        f"TensorRT has FP8 from sm_{FP8_ARCHITECTURE} on; older GPUs run int8 and bf16 there.\n\n"
+    )
+    return "## Targets of `build`\n\n" + table + note
 
 
 def _recipes() -> str:

@@ -141,12 +141,19 @@ def command(
     _check_packages()
     from ringexport.batching import BatchingEngine, BatchingOptions
     from ringexport.cli.opening import open_engine
-    from ringexport.serve import ServeOptions, Server, bind, create_app, url_of
+    from ringexport.serve import (
+        ServeOptions,
+        Server,
+        allow_many_files,
+        bind,
+        create_app,
+        url_of,
+    )
 
     terminal, address = app.terminal, _Address(host=host, port=port)
     key = app.settings.api_key if api_key is None else api_key
     options = ServeOptions(
-        model_name=model_name or bundle.resolve().name or "model",
+        model_name=(bundle.resolve().name or "model") if model_name is None else model_name,
         api_key=key,
         local_only=address.is_local and key is None,
         thinking=thinking,
@@ -157,6 +164,7 @@ def command(
     batching_options = BatchingOptions(
         max_batch=max_batch, max_queue=max_queue, prefix_cache_bytes=prefix_cache * _MEGABYTE
     )
+    allow_many_files()
     with bind(host, port) as listener:
         with terminal.progress(keep_lines=False) as progress:
             engine = open_engine(

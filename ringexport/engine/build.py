@@ -1,7 +1,9 @@
 """ONNX file + plugin library + target + profile -> serialized engine and its layer table."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ __all__ = [
     "EngineResult",
     "ParsedNetwork",
     "build_engine",
+    "check_request",
     "parse_network",
 ]
 
@@ -41,6 +44,7 @@ _FLAGS = {
 }
 _MIB = 1 << 20
 _LOG_LINES = 3
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,22 +144,40 @@ def build_engine(
         OSError: a file cannot be written.
     """
     report = progress or NoProgress()
-    stage = f"building the {request.target.name} engine"
-    report.start(stage)
-    _check_device(tensorrt, request.target)
+    check_request(tensorrt, request.target, request.profile.options)
+    cancelled = threading.Event()
+    # TensorRT swallows what a signal raises inside its callbacks, so the thread that gets signals
+    # only waits: Ctrl-C ends the wait, and the build at its next step.
+    with ThreadPoolExecutor(1, "engine") as pool:
+        future = pool.submit(_build, tensorrt, request, directory, report, cancelled)
+        try:
+            while not future.done():
+                wait([future], _POLL_SECONDS)  # a signal need not end a wait without a limit
+            return future.result()
+        except BaseException:
+            cancelled.set()
+            raise
+
+
+def _build(
+    tensorrt: TensorRt,
+    request: EngineRequest,
+    directory: Path,
+    report: Progress,
+    cancelled: threading.Event,
+) -> EngineResult:
+    report.start(f"reading the graph with {tensorrt.flavor.name}")
     parsed = parse_network(tensorrt, request.graph, request.library)
     config = parsed.builder.create_builder_config()
     _set_architectures(tensorrt, config, request.target)
     _set_options(tensorrt, config, request.profile.options)
     _add_profiles(parsed, config, request)
-    monitor = make_monitor(tensorrt, stage, report)
-    config.progress_monitor = monitor
+    stage = f"building the {request.target.name} engine"
+    config.progress_monitor = make_monitor(tensorrt, stage, report, cancelled)
     path = directory / ENGINE_FILE
     with _timing_cache(config, request.profile.options.timing_cache), collected_messages() as said:
         built = _serialize(tensorrt, parsed, config, path)
     parsed.log.errors[:0] = said
-    if monitor.interrupted:
-        raise KeyboardInterrupt
     if not built:
         raise _build_error(tensorrt, parsed)
     report.finish()
@@ -163,6 +185,18 @@ def build_engine(
     result = EngineResult(nbytes=path.stat().st_size, layers=parsed.layers, inspected=inspected)
     _write_layers(tensorrt, request, result, directory / LAYERS_FILE)
     return result
+
+
+def check_request(tensorrt: TensorRt, target: EngineTarget, options: BuildOptions) -> None:
+    """Refuse what this flavour cannot build on this machine, before a graph is written for it.
+
+    Raises:
+        ConfigError: an option or architecture that this version of TensorRT lacks.
+        BackendUnavailableError: it builds only where a GPU, or the GPU of the target, is.
+    """
+    _check_device(tensorrt, target)
+    _capabilities(tensorrt, target)
+    _check_options(tensorrt, options)
 
 
 def _check_device(tensorrt: TensorRt, target: EngineTarget) -> None:
@@ -178,29 +212,30 @@ def _check_device(tensorrt: TensorRt, target: EngineTarget) -> None:
         )
 
 
-def _set_architectures(tensorrt: TensorRt, config: Any, target: EngineTarget) -> None:
+def _capabilities(tensorrt: TensorRt, target: EngineTarget) -> list[Any]:
+    """Return TensorRT's names for the architectures; none where it builds for its own GPU."""
     if not tensorrt.flavor.cross_builds:
-        return
-    known = tensorrt.module.ComputeCapability
-    names = known.__members__
-    config.num_compute_capabilities = len(target.architectures)
-    for index, number in enumerate(target.architectures):
-        capability = getattr(known, f"SM{number}", None)
-        if capability is None:
+        return []
+    names = tensorrt.module.ComputeCapability.__members__
+    for number in target.architectures:
+        if f"SM{number}" not in names:
             raise ConfigError(
                 f"{tensorrt.flavor.name} {tensorrt.version} builds no engines for sm_{number}",
                 hint=f"choices: {', '.join(name for name in names if name[2:].isdigit())}",
             )
-        config.set_compute_capability(capability, index)
+    return [names[f"SM{number}"] for number in target.architectures]
 
 
-def _set_options(tensorrt: TensorRt, config: Any, options: BuildOptions) -> None:
-    trt = tensorrt.module
+def _check_options(tensorrt: TensorRt, options: BuildOptions) -> None:
     flavor = tensorrt.flavor
-    for name in sorted(flavor.lacks):
+    lacks = flavor.lacks | {
+        name for name, flag in _FLAGS.items() if not hasattr(tensorrt.module.BuilderFlag, flag)
+    }
+    for name in sorted(lacks):
         if getattr(options, name):
             raise ConfigError(
-                f"{flavor.name} has no option {name}", hint="leave it out of the profile's options"
+                f"{flavor.name} {tensorrt.version} has no option {name}",
+                hint="leave it out of the profile's options",
             )
     for name in sorted(flavor.on_gpu):
         if getattr(options, name) and device_architecture() is None:
@@ -208,6 +243,18 @@ def _set_options(tensorrt: TensorRt, config: Any, options: BuildOptions) -> None
                 f"{flavor.name} builds with the option {name} only where a GPU is",
                 hint="leave the option out, or build on a machine with an NVIDIA GPU",
             )
+
+
+def _set_architectures(tensorrt: TensorRt, config: Any, target: EngineTarget) -> None:
+    capabilities = _capabilities(tensorrt, target)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        config.set_compute_capability(capability, index)
+
+
+def _set_options(tensorrt: TensorRt, config: Any, options: BuildOptions) -> None:
+    trt = tensorrt.module
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layer names in the inspector
     if options.optimization_level is not None:
@@ -215,11 +262,8 @@ def _set_options(tensorrt: TensorRt, config: Any, options: BuildOptions) -> None
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
     for name, flag in _FLAGS.items():
-        if not getattr(options, name):
-            continue
-        if not hasattr(trt.BuilderFlag, flag):
-            raise ConfigError(f"{tensorrt.flavor.name} {tensorrt.version} has no option {name}")
-        config.set_flag(getattr(trt.BuilderFlag, flag))
+        if getattr(options, name):
+            config.set_flag(getattr(trt.BuilderFlag, flag))
 
 
 def _add_profiles(parsed: ParsedNetwork, config: Any, request: EngineRequest) -> None:
@@ -244,7 +288,7 @@ def _add_profiles(parsed: ParsedNetwork, config: Any, request: EngineRequest) ->
 def _serialize(tensorrt: TensorRt, parsed: ParsedNetwork, config: Any, path: Path) -> bool:
     """Build, and write the engine while it is serialized: it may be larger than free memory."""
     with path.open("wb") as file:
-        writer = make_writer(tensorrt, file, lambda _: None)
+        writer = make_writer(tensorrt, file)
         if writer is None:
             engine = parsed.builder.build_serialized_network(parsed.network, config)
             if engine is not None:
@@ -304,14 +348,14 @@ def _parse_error(tensorrt: TensorRt, parser: Any, log: Any, said: list[str]) -> 
     if not errors:
         return EngineBuildError(f"{tensorrt.flavor.name} cannot read the graph{_reasons(log)}")
     first = errors[0]
-    where = f"node {first.node_name()!r} ({first.node_operator()})"
+    node = f"node {first.node_name()!r} ({first.node_operator()}) of " if first.node_name() else ""
     reason = first.desc().strip()
     if said:
         reason = said[0]
     elif "Plugin not found" in reason:
         reason = f"there is no plugin {first.node_operator()}"
     return EngineBuildError(
-        f"{tensorrt.flavor.name} refuses {where} of the graph: {_one_line(reason)}",
+        f"{tensorrt.flavor.name} refuses {node}the graph: {_one_line(reason)}",
         hint="the plugin library and this version of ringexport may not fit each other",
     )
 
@@ -322,12 +366,14 @@ def _build_error(tensorrt: TensorRt, parsed: ParsedNetwork) -> EngineBuildError:
     where = f" at layer {max(named, key=len)!r}" if named else ""
     return EngineBuildError(
         f"{tensorrt.flavor.name} failed to build the engine{where}{_reasons(parsed.log)}",
-        hint="run again with -vv for everything that TensorRT says",
+        hint="run again with -v for everything that TensorRT says",
     )
 
 
 def _reasons(log: Any) -> str:
-    lines = [_one_line(line) for line in log.errors[:_LOG_LINES]]
+    # Without a driver TensorRT adds a line about that to whatever failed.
+    told = [line for line in log.errors if "CUDA driver version" not in line] or log.errors
+    lines = [_one_line(line) for line in told[:_LOG_LINES]]
     return f": {'; '.join(lines)}" if lines else ""
 
 

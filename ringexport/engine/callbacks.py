@@ -4,13 +4,13 @@ The classes derive from classes of the flavour's module, so they are made by fun
 """
 
 import logging
-from collections.abc import Callable
+import threading
 from typing import Any, BinaryIO, Protocol
 
 from ringexport.engine.flavor import TensorRt
 from ringexport.progress import Progress
 
-__all__ = ["BuildMonitor", "MessageLog", "make_log", "make_monitor", "make_writer"]
+__all__ = ["MessageLog", "make_log", "make_monitor", "make_writer"]
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +23,6 @@ class MessageLog(Protocol):
     """
 
     errors: list[str]
-
-
-class BuildMonitor(Protocol):
-    """Listens to a build.
-
-    Attributes:
-        interrupted: the user pressed Ctrl-C; the build ends itself.
-    """
-
-    interrupted: bool
 
 
 def make_log(tensorrt: TensorRt) -> Any:
@@ -58,14 +48,22 @@ def make_log(tensorrt: TensorRt) -> Any:
     return Log()
 
 
-def make_monitor(tensorrt: TensorRt, stage: str, progress: Progress) -> Any:
-    """Return a `BuildMonitor` that shows the outermost phase of a build as progress of `stage`."""
+def make_monitor(
+    tensorrt: TensorRt, stage: str, progress: Progress, cancelled: threading.Event
+) -> Any:
+    """Return what shows the outermost phase of a build as progress of `stage`, and can end it.
+
+    Args:
+        tensorrt: the loaded flavour.
+        stage: what is built.
+        progress: told about the steps.
+        cancelled: once it is set, the build ends at the next step of any phase.
+    """
     trt = tensorrt.module
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.interrupted = False
             self._outermost: str | None = None
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
@@ -75,12 +73,9 @@ def make_monitor(tensorrt: TensorRt, stage: str, progress: Progress) -> Any:
 
         def step_complete(self, phase: str, step: int) -> bool:
             del step
-            try:
-                if phase == self._outermost:
-                    progress.advance()
-            except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
+            if phase == self._outermost:
+                progress.advance()
+            return not cancelled.is_set()
 
         def phase_finish(self, phase: str) -> None:
             if phase == self._outermost:
@@ -89,7 +84,7 @@ def make_monitor(tensorrt: TensorRt, stage: str, progress: Progress) -> Any:
     return Monitor()
 
 
-def make_writer(tensorrt: TensorRt, file: BinaryIO, advance: Callable[[int], None]) -> Any:
+def make_writer(tensorrt: TensorRt, file: BinaryIO) -> Any:
     """Return a stream that writes an engine to `file` piece by piece, None if there is none."""
     trt = tensorrt.module
     if not hasattr(trt, "IStreamWriter"):
@@ -102,11 +97,9 @@ def make_writer(tensorrt: TensorRt, file: BinaryIO, advance: Callable[[int], Non
 
         def write(self, data: Any) -> int:
             try:
-                written = file.write(data)
+                return file.write(data)
             except OSError as error:
                 self.error = error
                 return 0
-            advance(written)
-            return written
 
     return Writer()

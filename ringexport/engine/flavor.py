@@ -90,9 +90,9 @@ def open_tensorrt(flavor: TrtFlavor) -> TensorRt:
     name = find_module(flavor)
     if name is None:
         raise BackendUnavailableError(f"{flavor.name} is not installed", hint=flavor.hint)
-    if name == "tensorrt_rtx_bindings":
-        _name_rtx_library()
     try:
+        if name == "tensorrt_rtx_bindings":
+            _name_rtx_library()
         module: ModuleType = importlib.import_module(name)
     except (ImportError, OSError) as error:
         raise BackendUnavailableError(

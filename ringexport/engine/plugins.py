@@ -1,13 +1,16 @@
 """The plugin library: where it is, what it says about itself, and loading it into a registry."""
 
 import ctypes
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringexport.engine.flavor import TensorRt
 from ringexport.engine.plugin_log import listen
 from ringexport.errors import BackendUnavailableError, VersionError
+from ringexport.files import is_truncated_library
 from ringexport.version import __version__
 
 __all__ = [
@@ -23,8 +26,8 @@ __all__ = [
 PLUGIN_LIBRARY_FILE = "libringplugins.so"
 DEFAULT_LIBRARY = Path("build/plugins") / PLUGIN_LIBRARY_FILE
 BUILD_HINT = (
-    "build it with: cmake -S plugins -B build/plugins && cmake --build build/plugins -j,"
-    " or name it in RINGEXPORT_PLUGIN_LIBRARY"
+    "build it with: make plugins, in a clone of the repository, or name it in"
+    " RINGEXPORT_PLUGIN_LIBRARY"
 )
 ABI_VERSION = 1
 """RINGPLUGINS_ABI of plugins/hosts/tensorrt/fields.h: the serialized form of the plugins."""
@@ -46,7 +49,7 @@ class PluginLibrary:
         path: of the file.
         version: of ringexport that it was compiled from.
         abi: of the serialized plugins.
-        kernels: architectures that it has kernels for, such as "80;90a", or NO_KERNELS.
+        kernels: architectures that it has kernels for, such as "80+90a", or NO_KERNELS.
         tensorrt_headers: version of the headers that it was compiled with.
     """
 
@@ -61,10 +64,11 @@ class PluginLibrary:
         """Read what a library says about itself, without loading it.
 
         Raises:
-            BackendUnavailableError: there is no plugin library at `path`.
+            BackendUnavailableError: there is no plugin library at `path`, or a part of one.
         """
         try:
             found = _IDENTITY.search(path.read_bytes())
+            truncated = is_truncated_library(path)
         except OSError as error:
             raise BackendUnavailableError(
                 f"the plugin library {path} cannot be read: {error.strerror}", hint=BUILD_HINT
@@ -72,6 +76,10 @@ class PluginLibrary:
         if found is None:
             raise BackendUnavailableError(
                 f"{path} is no plugin library of ringexport", hint=BUILD_HINT
+            )
+        if truncated:
+            raise BackendUnavailableError(
+                f"the plugin library {path} is truncated", hint=f"copy it again, or {BUILD_HINT}"
             )
         version, abi, kernels, headers = (
             part.decode("ascii", "replace") for part in found.groups()
@@ -92,6 +100,19 @@ class PluginLibrary:
                 f" {self.abi}, expected {__version__} with ABI {ABI_VERSION}",
                 hint=BUILD_HINT,
             )
+
+    def lacks(self, architectures: Iterable[int]) -> tuple[int, ...]:
+        """Return the architectures, compute capabilities times ten, that it has no kernels for.
+
+        Code for one architecture runs on later ones of the same major version.
+        """
+        built = [divmod(int(number), 10) for number in re.findall(r"\d+", self.kernels)]
+        found = []
+        for number in architectures:
+            major, minor = divmod(number, 10)
+            if not any(one == major and first <= minor for one, first in built):
+                found.append(number)
+        return tuple(found)
 
     def versions(self) -> dict[str, str]:
         """Return what the manifest of a bundle says about the library."""
@@ -118,7 +139,7 @@ class PluginLibrary:
             raise BackendUnavailableError(
                 f"the plugin library cannot be loaded: {error}", hint=BUILD_HINT
             ) from error
-        registry.load_library(str(self.path.resolve()))
+        registry.load_library(os.fsencode(self.path.resolve()))
         listen(self.path.resolve())
 
 

@@ -18,6 +18,7 @@ CONTEXT = "context"
 """In a range: as many tokens as the model can hold."""
 
 MAX_EXTENT = 1 << 24
+MAX_WORKSPACE_MIB = 1 << 20
 SHIPPED = "default"
 
 
@@ -172,8 +173,11 @@ def load_profile(name: str = SHIPPED) -> EngineProfile:
         )
     try:
         value = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the engine profile {path} cannot be read: {error}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"the engine profile {path} cannot be read: {reason}") from error
+    except ValueError as error:
+        raise ConfigError(f"the engine profile {path} is no TOML: {error}") from error
     _check_keys(value, ("decode", "prefill", "options"), str(path))
     profile = EngineProfile(
         name=path.stem,
@@ -193,6 +197,13 @@ def _shape_profile(
     where = f"{path}: {name}"
     _check_keys(table, tuple(LETTERS), where)
     given = {LETTERS[key]: _range(entry, f"{where}.{key}") for key, entry in table.items()}
+    for key in table:
+        least, found = base.ranges[LETTERS[key]].smallest, given[LETTERS[key]]
+        if found.smallest > least or (found.largest is not None and found.largest < least):
+            raise ConfigError(
+                f"{where}.{key} is {table[key]}, expected a range that holds {least}",
+                hint="the smallest call that a runner makes has to fit",
+            )
     return replace(base, ranges={**base.ranges, **given})
 
 
@@ -222,9 +233,13 @@ def _options(table: Any, path: Path) -> BuildOptions:
     level, workspace = table.get("optimization_level", 0), table.get("workspace_mib", 1)
     if not 0 <= level <= 5:
         raise ConfigError(f"{where}.optimization_level is {level}, expected 0 to 5")
-    if workspace < 1:
-        raise ConfigError(f"{where}.workspace_mib is {workspace}, expected at least 1")
+    if not 1 <= workspace <= MAX_WORKSPACE_MIB:
+        raise ConfigError(
+            f"{where}.workspace_mib is {workspace}, expected 1 to {MAX_WORKSPACE_MIB}"
+        )
     cache = table.get("timing_cache")
+    if cache == "":
+        raise ConfigError(f"{where}.timing_cache is empty, expected the path of a file")
     return BuildOptions(**(table | ({"timing_cache": Path(cache)} if cache else {})))
 
 

@@ -17,7 +17,7 @@ ARCHITECTURES = {
 }
 """Flavour to what its engines run on; TensorRT-RTX refuses 9.0 and 10.0."""
 
-_NAME = re.compile(r"(tensorrt|tensorrt-rtx):(sm_\d+(?:\+sm_\d+)*)")
+_NAME = re.compile(r"(tensorrt|tensorrt-rtx):(sm_[1-9][0-9]{1,2}(?:\+sm_[1-9][0-9]{1,2})*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,12 @@ class EngineTarget:
             return None
         found = _NAME.fullmatch(name)
         if found is None:
-            flavor = name.partition(":")[0]
+            flavor, _, rest = name.partition(":")
+            several = f", or {flavor}:sm_80+sm_89 for one engine for several"
             raise ConfigError(
-                f"the target {name!r} names no architectures",
-                hint=f"write {flavor}:sm_89, or {flavor}:sm_80+sm_89 for one engine for several",
+                f"the target {name[:80]!r} names no architectures"
+                + (f" that can be read: {rest[:80]!r}" if rest else ""),
+                hint=f"write {flavor}:sm_89{several if flavor == 'tensorrt-rtx' else ''}",
             )
         numbers = [int(part.removeprefix("sm_")) for part in found[2].split("+")]
         target = cls(found[1], tuple(sorted(set(numbers))))

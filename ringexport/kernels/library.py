@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ringexport.errors import BackendUnavailableError, ShapeError
+from ringexport.files import is_truncated_library
 
 __all__ = ["DEFAULT_LIBRARY", "DType", "KernelCall", "KernelLibrary", "Prologue", "ScaleKind"]
 
@@ -28,7 +29,7 @@ OPS = {
     "sample": "SampleParams",
     "embed": "EmbedParams",
 }
-BUILD_HINT = "cmake -S plugins -B build/plugins && cmake --build build/plugins"
+BUILD_HINT = "build it with: make plugins, in a clone of the repository"
 DEFAULT_LIBRARY = Path("build") / "plugins" / "libringkernels.so"
 """Where `BUILD_HINT` puts the library, seen from the repository."""
 
@@ -101,6 +102,11 @@ class KernelLibrary:
             BackendUnavailableError: it is missing or cannot be loaded, or is of another version.
         """
         try:
+            if path.is_file() and is_truncated_library(path):
+                raise BackendUnavailableError(
+                    f"the kernel library {path} is truncated",
+                    hint=f"copy it again, or {BUILD_HINT}",
+                )
             handle = ctypes.CDLL(str(path))
             describe = handle.ring_layout
         except (OSError, AttributeError) as error:

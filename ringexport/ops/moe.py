@@ -69,7 +69,7 @@ def router(
 
     Returns:
         expert_ids [N, k] int64 by falling biased score, and routing_weights [N, k] fp32. Ties go to
-        the lower expert id.
+        the lower expert id. The ids of a token differ whatever its logits are: a NaN comes last.
 
     Source: inclusionAI/Ring-V2.5@c7facea `modeling_bailing_moe_v2_5.py` (the gate).
     """

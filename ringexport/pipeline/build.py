@@ -41,7 +41,7 @@ from ringexport.pipeline.target_schemes import (
 from ringexport.pipeline.tensorrt import TensorRtTarget, prepare_tensorrt
 from ringexport.progress import NoProgress, Progress
 from ringexport.quantize.run import estimate as estimate_quantization
-from ringexport.runtime.registry import check_backend, open_bundle_runner
+from ringexport.runtime.registry import RunnerOptions, check_backend, open_bundle_runner
 from ringexport.runtime.tokenizer import ModelTokenizer
 from ringexport.version import __version__
 
@@ -263,7 +263,8 @@ def _write(
 
         def check(bundle: EngineBundle) -> None:
             with clock.stage("try"):
-                untried.update(_try_targets(bundle, progress))
+                options = RunnerOptions(kernel_library=request.kernel_library)
+                untried.update(_try_targets(bundle, options, progress))
 
         start = time.perf_counter()
         complete = writer.commit(manifest, progress=progress, check=check)
@@ -284,6 +285,7 @@ def _export_target(
 
 def _check_paths(request: BuildRequest) -> None:
     checkpoint, output = request.checkpoint.resolve(), request.output.resolve()
+    _check_name(output)
     if not request.checkpoint.is_dir():
         kind = "is a file" if request.checkpoint.exists() else "does not exist"
         raise CheckpointError(
@@ -296,6 +298,16 @@ def _check_paths(request: BuildRequest) -> None:
             " other",
             hint="write the bundle beside the checkpoint, with -o",
         )
+
+
+def _check_name(output: Path) -> None:
+    """Refuse a path that ONNX and TensorRT, which want UTF-8, cannot open."""
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"the path of the output is not UTF-8: {str(output)!r}", hint="choose another -o"
+        ) from error
 
 
 def _open_checkpoint(checkpoint: Path) -> CheckpointWeights:
@@ -445,7 +457,9 @@ def _manifest(
     )
 
 
-def _try_targets(bundle: EngineBundle, progress: Progress) -> dict[str, str]:
+def _try_targets(
+    bundle: EngineBundle, options: RunnerOptions, progress: Progress
+) -> dict[str, str]:
     """Run a few tokens through every target before the bundle takes its place.
 
     Returns:
@@ -459,9 +473,9 @@ def _try_targets(bundle: EngineBundle, progress: Progress) -> dict[str, str]:
             progress.note(untried[target])
             continue
         try:
-            check_backend(bundle, target)
+            check_backend(bundle, target, options)
             progress.start(f"trying {target}")
-            with closing(open_bundle_runner(bundle, target)) as runner:
+            with closing(open_bundle_runner(bundle, target, options)) as runner:
                 state = runner.new_state(1)
                 tokens = [[0, 1, bundle.manifest.model.vocab_size - 1]]
                 logits = runner.prefill(tokens, None, state)

@@ -139,6 +139,7 @@ class BuildRequest:
         profile: shape ranges of TensorRT engines: the name of a shipped profile or a .toml file;
             None for the default.
         plugin_library: plugins for TensorRT engines, None for the default place.
+        kernel_library: kernels that a cuda target is tried with, None for the default place.
     """
 
     checkpoint: Path
@@ -154,6 +155,7 @@ class BuildRequest:
     gate_fallback: bool = False
     profile: str | None = None
     plugin_library: Path | None = None
+    kernel_library: Path | None = None
 
 
 def resolve(request: BuildRequest) -> "ResolvedBuild":

@@ -13,12 +13,16 @@ from ringexport.pipeline.packed import check_packed, is_packed
 from ringexport.quantize.modules import quantizable_modules
 
 __all__ = [
+    "FP8_ARCHITECTURE",
     "check_model",
     "check_runnable",
     "computation_notes",
     "max_engine_bytes",
     "max_weight_bytes",
 ]
+
+FP8_ARCHITECTURE = 89
+"""The first for which TensorRT compiles FP8, in whatever layer."""
 
 _PER_ROW = frozenset({GranularityKind.TENSOR, GranularityKind.CHANNEL})
 _HEAD_DIMS = (64, 128)
@@ -56,7 +60,8 @@ def check_runnable(
             f"{what} quantizes {quantized}, and the target {target} runs no quantized modules",
             hint="use the recipe bf16 or fp32, or a cuda:sm_.. target",
         )
-    is_tensorrt = EngineTarget.parse(target) is not None
+    engine = EngineTarget.parse(target)
+    is_tensorrt = engine is not None
     cache = "bf16" if is_tensorrt else "fp32"
     if kv_cache is not None:
         raise ConfigError(
@@ -69,8 +74,8 @@ def check_runnable(
             hint="leave out recurrent_state; ringexport eval measures its drift on a checkpoint",
         )
     for name, scheme in schemes.items():
-        if is_tensorrt:
-            _check_tensorrt(target, name, scheme, what)
+        if engine is not None:
+            _check_tensorrt(engine, name, scheme, what)
         inputs = scheme.activations
         if (
             inputs is not None
@@ -84,8 +89,17 @@ def check_runnable(
             )
 
 
-def _check_tensorrt(target: str, name: str, scheme: ModuleScheme, what: str) -> None:
+def _check_tensorrt(engine: EngineTarget, name: str, scheme: ModuleScheme, what: str) -> None:
     """Refuse a module that neither the plugins nor TensorRT's own layers run."""
+    target = engine.name
+    older = [number for number in engine.architectures if number < FP8_ARCHITECTURE]
+    parts = [part for part in (scheme.weights, scheme.activations) if part is not None]
+    if older and any(part.format is NumberFormat.FP8_E4M3 for part in parts):
+        raise ConfigError(
+            f"{what} quantizes {name} to FP8, and the target {target} is for sm_{older[0]}:"
+            f" TensorRT has FP8 from sm_{FP8_ARCHITECTURE} on",
+            hint="use the recipe int8 or bf16, or a target cuda:sm_..",
+        )
     if scheme.weights is not None and scheme.weights.granularity.kind not in _PER_ROW:
         raise ConfigError(
             f"{what} quantizes the weights of {name} per {scheme.weights.granularity}, and the"

@@ -12,6 +12,7 @@ from ringexport.engine.build import (
     LAYERS_FILE,
     EngineRequest,
     build_engine,
+    check_request,
 )
 from ringexport.engine.flavor import FLAVORS, TensorRt, open_tensorrt
 from ringexport.engine.plugins import NO_KERNELS, PLUGIN_LIBRARY_FILE, PluginLibrary, find_library
@@ -97,8 +98,15 @@ class TensorRtTarget:
     def notes(self) -> list[str]:
         """Return what the user should know."""
         name, found = self.target.name, []
+        missing = self.library.lacks(self.target.architectures)
         if self.library.kernels == NO_KERNELS:
             found.append(f"{name} cannot run: its plugin library was compiled without kernels")
+        elif missing:
+            where = ", ".join(f"sm_{number}" for number in missing)
+            found.append(
+                f"{name} cannot run on {where}: its plugin library has kernels for"
+                f" {self.library.kernels} only"
+            )
         if self.profile.options.strip_plan:
             found.append(f"{name} has no weights (option strip_plan): refit it before it runs")
         return found
@@ -116,9 +124,9 @@ def prepare_tensorrt(
     """Return the TensorRT targets of a build by name, after checking all that they need.
 
     Raises:
-        ConfigError: an unknown profile, one that no target uses, or a model whose sizes the kernels
-            do not take.
-        BackendUnavailableError: TensorRT or the plugin library is missing.
+        ConfigError: an unknown profile, one that no target uses, an option that TensorRT lacks, or
+            a model whose sizes the kernels do not take.
+        BackendUnavailableError: TensorRT, its GPU or the plugin library is missing.
         VersionError: the plugin library is of another version.
     """
     parsed = [EngineTarget.parse(name) for name in resolved.targets]
@@ -135,12 +143,11 @@ def prepare_tensorrt(
     for target in targets:
         check_model(target.name, config)
     library = find_library(request.plugin_library)
-    return {
-        target.name: TensorRtTarget(
-            target=target,
-            tensorrt=open_tensorrt(FLAVORS[target.flavor]),
-            library=library,
-            profile=profile,
+    found = {}
+    for target in targets:
+        tensorrt = open_tensorrt(FLAVORS[target.flavor])
+        check_request(tensorrt, target, profile.options)
+        found[target.name] = TensorRtTarget(
+            target=target, tensorrt=tensorrt, library=library, profile=profile
         )
-        for target in targets
-    }
+    return found

@@ -6,6 +6,7 @@ stay on the device, and the host reads the ids of a step while the next one runs
 other runner gets one that draws with numpy from the logits that the runner returns.
 """
 
+import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ class TokenChoice:
         self.params = params
         self.last: int | None = None
         self.seen: list[int] = []
-        if params.repetition_penalty != 1:
+        self._penalizes = params.repetition_penalty != 1
+        if self._penalizes:
             self.seen = [token for token in prompt if 0 <= token < vocab_size]
         self._vocab_size = vocab_size
         self._sampler: Sampler | None = None
@@ -63,7 +65,7 @@ class TokenChoice:
     def note(self, token: int) -> None:
         """Remember a token that was chosen."""
         self.last = token
-        if self.params.repetition_penalty != 1:
+        if self._penalizes:
             self.seen.append(token)
 
     def sample(self, logits: Logits) -> int:
@@ -94,7 +96,8 @@ class ChosenTokens:
 
     def check(self, row: int) -> None:
         """Raise RingExportError if the logits of a row are damaged."""
-        check_largest(self.largest[row])
+        if not math.isfinite(self.largest[row]):
+            check_largest(self.largest[row])
 
 
 class PendingTokens(Protocol):

@@ -145,7 +145,9 @@ class Row:
             self.logprobs.append(entry)
         if token in self._stop_ids:
             return self.finish("stop_token")
-        piece = self._shown(self._decoder.feed(token))
+        piece = self._matcher.feed(self._decoder.feed(token))
+        if piece:
+            self._parts.append(piece)
         if self._matcher.matched is not None:
             self.stop_reason = "stop_text"
         elif len(self.token_ids) >= self.params.max_new_tokens:
@@ -155,7 +157,10 @@ class Row:
     def finish(self, reason: StopReason) -> str:
         """End the row and return the text that was held back."""
         self.stop_reason = reason
-        return self._shown(self._decoder.flush()) + self._kept(self._matcher.flush())
+        held = self._matcher.feed(self._decoder.flush()) + self._matcher.flush()
+        if held:
+            self._parts.append(held)
+        return held
 
     def result(self) -> GenerationResult:
         """Return what was generated so far; the reason of an unfinished row is "cancelled"."""
@@ -177,14 +182,6 @@ class Row:
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
             cached_tokens=self.cached_tokens,
         )
-
-    def _shown(self, text: str) -> str:
-        return self._kept(self._matcher.feed(text))
-
-    def _kept(self, text: str) -> str:
-        if text:
-            self._parts.append(text)
-        return text
 
 
 class Generation:

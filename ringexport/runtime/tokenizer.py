@@ -1,11 +1,14 @@
 """The tokenizer of a model folder: text to ids, ids to text piece by piece, and the stop ids."""
 
 import codecs
+import contextlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from ringexport.errors import CheckpointError, ConfigError
 from ringexport.files import file_exists, resolve_inside
@@ -17,6 +20,7 @@ __all__ = ["ModelTokenizer", "TextDecoder"]
 
 Json = Any  # what json.loads returns; every use narrows it
 MAX_FILE_BYTES = 200_000_000
+NO_BYTE = "\ufffd"
 
 
 class ModelTokenizer:
@@ -38,8 +42,12 @@ class ModelTokenizer:
         chat_template: ChatTemplate | None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+        # The character with the number of a symbol's byte; one beyond all bytes for what is none.
+        self._character_of = dict.fromkeys(range(256), NO_BYTE)
+        self._character_of |= {ord(symbol): chr(byte) for byte, symbol in enumerate(byte_symbols())}
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
+        self._longest: int | None = None
         self.special_ids = special_ids
         self.stop_ids = stop_ids
         self.chat_template = chat_template
@@ -106,8 +114,19 @@ class ModelTokenizer:
                 f"the text is not valid Unicode: lone surrogate at character {error.start}",
                 hint="check the encoding of the prompt; it must be UTF-8",
             ) from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # `encode` would hold the interpreter's lock, for seconds where a text has megabytes.
+        (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = found.ids
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """Return a number of tokens that `encode` gives at least, without the work of it.
+
+        It is 0 where the tokenizer may drop or rewrite characters.
+        """
+        if self._longest is None:
+            self._longest = _longest_token(self._tokenizer)
+        return -(-len(text) // self._longest) if self._longest else 0
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -123,12 +142,50 @@ class ModelTokenizer:
         found = self._bytes.get(token)
         if found is None:
             text = self._tokenizer.id_to_token(token) or ""
-            mapped = [self._byte_of.get(symbol) for symbol in text]
-            known = [byte for byte in mapped if byte is not None]
-            # An added token is plain text; it need not consist of byte symbols.
-            found = bytes(known) if len(known) == len(mapped) else text.encode()
+            try:
+                found = text.translate(self._character_of).encode("latin-1")
+            except UnicodeEncodeError:  # an added token is plain text, not of byte symbols
+                found = text.encode()
             self._bytes[token] = found
         return found
+
+    def token_text(self, token: int) -> str | None:
+        """Return the text that an id stands for by itself; None if it splits a character."""
+        try:
+            return self._texts[token]
+        except KeyError:
+            data, text = self.token_bytes(token), None
+            with contextlib.suppress(UnicodeDecodeError):
+                text = data.decode("utf-8")
+            self._texts[token] = text
+            return text
+
+
+def _longest_token(tokenizer: Tokenizer) -> int:
+    """Return the most characters that a token stands for; 0 if that cannot be said."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    added = tokenizer.get_added_tokens_decoder().values()
+    keeps_everything = (
+        tokenizer.normalizer is None
+        and not any(token.lstrip or token.rstrip for token in added)
+        and tokenizer.pre_tokenizer is not None
+        and _only_splits(json.loads(tokenizer.pre_tokenizer.__getstate__()))
+        # A byte that is no symbol of the vocabulary is dropped, or shares an unknown token.
+        and isinstance(tokenizer.model, BPE)
+        and vocabulary.keys() >= set(byte_symbols())
+    )
+    # A symbol of the vocabulary is a byte, and a character has at least one of those.
+    return max(map(len, vocabulary)) if keeps_everything else 0
+
+
+def _only_splits(pre_tokenizer: Json) -> bool:
+    """Tell whether a pre_tokenizer of tokenizer.json passes on all of a text, as bytes at last."""
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    *others, last = parts or [{}]
+    return last.get("type") == "ByteLevel" and all(
+        part.get("type") in {"Split", "Digits"} and part.get("behavior") != "Removed"
+        for part in others
+    )
 
 
 class TextDecoder:
@@ -141,12 +198,19 @@ class TextDecoder:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._inside = False  # of a character, whose other bytes are still to come
 
     def feed(self, token: int) -> str:
         """Return the characters that `token` completes, possibly none."""
         if token in self._skipped:
             return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token))
+        if not self._inside:
+            text = self._tokenizer.token_text(token)
+            if text is not None:
+                return text
+        text = self._utf8.decode(self._tokenizer.token_bytes(token))
+        self._inside = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """Return what is left at the end: U+FFFD for the start of a character, or nothing."""

@@ -1,7 +1,7 @@
 """The events of one request on their way from the worker's thread to the event loop."""
 
 import asyncio
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from ringexport.batching import Event, FinishedEvent, PieceEvent, Ticket
@@ -22,40 +22,46 @@ class SlowReaderError(Exception):
     """The client reads much slower than the model writes."""
 
 
-_PAUSE_SECONDS = 0.01
-"""Between two rounds of a hub. Fast steps share a round: with 128 streams and a step every 7 ms, a
-round for each step would take a whole core."""
+_REST = 3.0
+"""Of a hub after a round, in times of what the round took. The worker needs the interpreter, too: a
+model that is faster than its streams gets fewer events of more tokens, and is not held up."""
+_LONGEST_REST_SECONDS = 0.05
 
 
 class Hub:
-    """Wakes many feeds with one call of the event loop; a step of the model feeds all of them.
+    """Carries the events of many feeds to the event loop, in rounds; a step feeds all of them.
 
     Make it on the event loop.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()
-        self._calls: list[Callable[[], None]] = []
+        self._events: deque[tuple[Feed, Event]] = deque()
+        self._planned = False
         self._earliest = 0.0
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Call a function on the event loop soon; from any thread."""
-        with self._lock:
-            self._calls.append(function)
-            if len(self._calls) > 1:
-                return
-        self._loop.call_soon_threadsafe(self._plan)
+    def send(self, feed: "Feed", event: Event) -> None:
+        """Give an event to a feed on the event loop soon; from any thread."""
+        self._events.append((feed, event))
+        if not self._planned:
+            self._planned = True
+            self._loop.call_soon_threadsafe(self._plan)
 
     def _plan(self) -> None:
         self._loop.call_at(max(self._earliest, self._loop.time()), self._run)
 
     def _run(self) -> None:
-        self._earliest = self._loop.time() + _PAUSE_SECONDS
-        with self._lock:
-            calls, self._calls = self._calls, []
-        for function in calls:
-            function()
+        began = self._loop.time()
+        self._planned = False  # before the queue is emptied: what comes behind that plans again
+        feeds: dict[Feed, None] = {}
+        for _ in range(len(self._events)):
+            feed, event = self._events.popleft()
+            feed.take(event)
+            feeds[feed] = None
+        for feed in feeds:
+            feed.deliver()
+        ended = self._loop.time()
+        self._earliest = ended + min(_REST * (ended - began), _LONGEST_REST_SECONDS)
 
 
 class Feed:
@@ -84,10 +90,8 @@ class Feed:
         self._most, self._wanted = most, pieces
         self._on_overflow, self._on_first_token = on_overflow, on_first_token
         self._has_token = False
-        self._lock = threading.Lock()
         self._events: list[Event] = []
         self._woken = asyncio.Event()
-        self._scheduled = False
         self._overflowed = False
         self._abandoned = False
         self._ticket: Ticket | None = None
@@ -106,18 +110,7 @@ class Feed:
                 self._on_first_token()
             if not self._wanted:
                 return
-        with self._lock:
-            if self._overflowed:
-                return
-            self._overflowed = len(self._events) >= self._most
-            if self._overflowed:
-                self._events.clear()
-            else:
-                self._events.append(event)
-            if self._scheduled and not self._overflowed:
-                return
-            self._scheduled = True
-        self._hub.call(self._overflow if self._overflowed else self._arrived)
+        self._hub.send(self, event)
 
     async def events(self, direct: Direct | None = None) -> list[Event]:
         """Wait for new events; there may be none if `wake` was called.
@@ -140,10 +133,9 @@ class Feed:
             raise self._error
         if self._abandoned:
             raise ClientGoneError
-        with self._lock:
-            events, self._events, self._scheduled = self._events, [], False
         if self._overflowed:
             raise SlowReaderError
+        events, self._events = self._events, []
         return events
 
     async def result(self) -> GenerationResult:
@@ -172,28 +164,32 @@ class Feed:
         if self._ticket is not None:
             self._ticket.cancel()
 
-    def _arrived(self) -> None:
-        """Pass new pieces on, or wake who waits for them."""
+    def take(self, event: Event) -> None:
+        """Take an event over from the hub; `deliver` follows."""
+        self._events.append(event)
+
+    def deliver(self) -> None:
+        """Pass on what was taken, or wake who waits for it."""
+        if self._overflowed or self._pass_on():
+            self._events.clear()
+            return
+        if len(self._events) > self._most:
+            self._overflowed = True
+            self._events.clear()
+            self.cancel()
+            self._on_overflow()
+        self.wake()
+
+    def _pass_on(self) -> bool:
         direct = self._direct
         if direct is None or self._woken.is_set():
-            self.wake()
-            return
-        with self._lock:
-            events, self._events, self._scheduled = self._events, [], False
-        pieces = [event for event in events if isinstance(event, PieceEvent)]
+            return False
+        pieces = [event for event in self._events if isinstance(event, PieceEvent)]
         try:
-            taken = len(pieces) == len(events) and direct(pieces)
+            return len(pieces) == len(self._events) and direct(pieces)
         except Exception as error:  # noqa: BLE001 - `events` raises it, in the task of the stream
-            self._error, taken = error, False
-        if not taken:
-            with self._lock:
-                self._events, self._scheduled = events + self._events, True
-            self.wake()
-
-    def _overflow(self) -> None:
-        self.wake()
-        self.cancel()
-        self._on_overflow()
+            self._error = error
+            return False
 
 
 def finished(event: Event) -> GenerationResult:

@@ -19,6 +19,7 @@ from ringexport.serve.parsing import THINK_END, Part, ReplyParser
 __all__ = ["ChatReply", "CompletionReply", "Reply"]
 
 Json = Any
+_MARK = "the text"
 FINISH = {"stop_token": "stop", "stop_text": "stop", "length": "length", "context": "length"}
 
 
@@ -74,8 +75,8 @@ class _TextChunk:
     """
 
     def __init__(self, make: Callable[[str], bytes]) -> None:
-        mark = uuid.uuid4().hex
-        self._before, _, self._after = make(mark).partition(encode_json(mark))
+        # The last one: the model may be called so, too.
+        self._before, _, self._after = make(_MARK).rpartition(encode_json(_MARK))
 
     def encode(self, text: str) -> bytes:
         """Return the chunk with a text."""
@@ -136,7 +137,7 @@ class ChatReply:
     def chunks(self, events: Sequence[PieceEvent]) -> list[bytes]:
         """Return the chunks for new tokens."""
         parts = self._parser.feed(self._sent.take(events))
-        entries = [entry for event in events for entry in event.logprobs]
+        entries = _logprobs_of(events)
         if not entries:
             return [self._part(part) for part in parts]
         delta = self._delta(parts[0]) if parts else {}
@@ -238,7 +239,7 @@ class CompletionReply:
     def chunks(self, events: Sequence[PieceEvent]) -> list[bytes]:
         """Return the chunk for new tokens."""
         text = self._sent.take(events)
-        entries = [entry for event in events for entry in event.logprobs]
+        entries = _logprobs_of(events)
         if entries:
             return [self._envelope.chunk(self._choice(text, None, entries))]
         return [self._text_chunk.encode(text)] if text else []
@@ -277,6 +278,13 @@ class CompletionReply:
 
     def _text(self, index: int) -> str:
         return self._tokenizer.token_bytes(index).decode("utf-8", "replace")
+
+
+def _logprobs_of(events: Sequence[PieceEvent]) -> list[TokenLogprobs]:
+    """Return the entries of events, of which all have some or none has."""
+    if not (events and events[0].logprobs):
+        return []
+    return [entry for event in events for entry in event.logprobs]
 
 
 def _call(part: Part) -> dict[str, Json]:

@@ -74,6 +74,7 @@ class Service:
         special = engine.tokenizer.special_ids
         ids = [engine.tokenizer.encode(marker) for marker in markers]
         self._markers_are_special = any(len(each) == 1 and each[0] in special for each in ids)
+        engine.tokenizer.least_tokens("")  # looks through the vocabulary now, not in a request
 
     async def chat(self, request: Request, chat: ChatRequest) -> Response:
         """Answer a chat.
@@ -101,7 +102,11 @@ class Service:
         """Continue a text; see `chat`."""
         wanted = completion.wanted
         self._check_model(wanted)
-        ids = await asyncio.to_thread(self._prompt_ids, completion.prompt)
+        prompt = completion.prompt
+        if isinstance(prompt, str):  # only text takes long
+            ids = await asyncio.to_thread(self._prompt_ids, prompt)
+        else:
+            ids = self._prompt_ids(prompt)
         reply = CompletionReply(
             self._engine.tokenizer, self._options.model_name, include_usage=wanted.include_usage
         )
@@ -138,6 +143,9 @@ class Service:
 
     def _chat_ids(self, chat: ChatRequest) -> tuple[list[int], bool]:
         """Return the prompt, and whether it ends in the middle of reasoning."""
+        # As one text, since tokens may span messages, and as templates trim them.
+        said = "".join(one["content"].strip() for one in chat.messages if one["role"] == "user")
+        self._check_length(self._engine.tokenizer.least_tokens(said), at_least=True)
         try:
             with self._render_lock:
                 text = self._engine.chat_prompt(
@@ -148,19 +156,27 @@ class Service:
         return self._prompt_ids(text), text.rstrip().endswith(THINK)
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        tokenizer = self._engine.tokenizer
+        if isinstance(prompt, str):
+            self._check_length(tokenizer.least_tokens(prompt), at_least=True)
         try:
-            ids = self._engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         except RingExportError as error:
             raise translated(error) from error
-        most = min(self.context, self._options.max_prompt_tokens or self.context)
-        if len(ids) > most:
-            message = f"the prompt has {len(ids):,} tokens, this server allows {most:,}"
-            raise ApiError(message, code="context_length_exceeded")
+        self._check_length(len(ids))
         vocabulary = self._engine.runner.spec.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             message = f"the prompt holds a token id out of range: ids are 0 to {vocabulary - 1:,}"
             raise ApiError(message, param="prompt")
         return ids
+
+    def _check_length(self, tokens: int, *, at_least: bool = False) -> None:
+        """Refuse a prompt of so many tokens, or of so many or more, if it is too long."""
+        most = min(self.context, self._options.max_prompt_tokens or self.context)
+        if tokens > most:
+            count = f"{tokens:,} tokens" + (" or more" if at_least else "")
+            message = f"the prompt has {count}, this server allows {most:,}"
+            raise ApiError(message, code="context_length_exceeded")
 
     def _check_model(self, wanted: Wanted) -> None:
         if self.draining:

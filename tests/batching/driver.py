@@ -8,10 +8,15 @@ from ringexport.batching.events import Event, FailedEvent, FinishedEvent, PieceE
 from ringexport.batching.loop import Loop
 from ringexport.batching.options import BatchingOptions
 from ringexport.batching.request import Request
+from ringexport.errors import RingExportError
+from ringexport.runtime.generation import GenerationResult
 from ringexport.runtime.sampling import SamplingParams
 from ringexport.runtime.session import Engine
 
-__all__ = ["Driver", "prompt_of"]
+__all__ = ["ERRORS", "Driver", "Fault", "params", "prompt_of", "same"]
+
+ERRORS = [RingExportError("bad luck"), RuntimeError("CUDA error"), MemoryError()]
+"""What a runner may fail with."""
 
 
 def prompt_of(size: int, seed: int = 0) -> list[int]:
@@ -63,3 +68,26 @@ class Driver:
         assert tuple(tokens) == last.result.token_ids
         assert text == last.result.text or last.result.stop_reason == "cancelled"
         assert request.ticket.result(0) is last.result
+
+
+def params(count: int = 8, **more: object) -> SamplingParams:
+    """Return parameters for exactly `count` tokens."""
+    return SamplingParams(max_new_tokens=count, ignore_eos=True, **more)  # type: ignore[arg-type]
+
+
+def same(found: GenerationResult, expected: GenerationResult) -> bool:
+    """Tell whether two results differ in nothing but their timings."""
+    names = ("text", "token_ids", "stop_reason", "stop_text", "prompt_tokens", "logprobs")
+    return all(getattr(found, name) == getattr(expected, name) for name in names)
+
+
+class Fault:
+    """Fails while `on` and the tokens of a row contain `token`."""
+
+    def __init__(self, kind: str, token: int, times: int, error: Exception) -> None:
+        self.kind, self.token, self.left, self.error = kind, token, times, error
+
+    def __call__(self, kind: str, tokens: list[int]) -> None:
+        if kind == self.kind and self.token in tokens and self.left:
+            self.left -= 1
+            raise self.error

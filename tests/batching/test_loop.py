@@ -10,22 +10,12 @@ from ringexport.batching.events import FailedEvent, PieceEvent
 from ringexport.batching.options import BatchingOptions
 from ringexport.batching.request import Request
 from ringexport.errors import ConfigError, RingExportError
-from ringexport.runtime.generation import GenerationResult
 from ringexport.runtime.sampling import SamplingParams
 from ringexport.runtime.session import Engine
 from ringexport.runtime.tokenizer import ModelTokenizer
-from tests.batching.driver import Driver, prompt_of
+from tests.batching.driver import ERRORS, Driver, Fault, params, prompt_of, same
 from tests.device_runner import DeviceRunner
 from tests.runners import FakeRunner, no_fault
-
-
-def params(count: int = 8, **more: object) -> SamplingParams:
-    return SamplingParams(max_new_tokens=count, ignore_eos=True, **more)  # type: ignore[arg-type]
-
-
-def same(found: GenerationResult, expected: GenerationResult) -> bool:
-    names = ("text", "token_ids", "stop_reason", "stop_text", "prompt_tokens", "logprobs")
-    return all(getattr(found, name) == getattr(expected, name) for name in names)
 
 
 def test_results_are_those_of_each_request_alone(fake: Engine) -> None:
@@ -172,21 +162,6 @@ def test_an_owner_that_fails_is_cancelled_alone(
     assert "the client is gone" in caplog.text
 
 
-class Fault:
-    """Fails while `on` and the tokens of a row contain `token`."""
-
-    def __init__(self, kind: str, token: int, times: int, error: Exception) -> None:
-        self.kind, self.token, self.left, self.error = kind, token, times, error
-
-    def __call__(self, kind: str, tokens: list[int]) -> None:
-        if kind == self.kind and self.token in tokens and self.left:
-            self.left -= 1
-            raise self.error
-
-
-ERRORS = [RingExportError("bad luck"), RuntimeError("CUDA error"), MemoryError()]
-
-
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_a_prompt_that_fails_touches_no_other(
     fake: Engine, runner: FakeRunner, error: Exception
@@ -298,96 +273,6 @@ ACTIONS = st.lists(
 )
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=repr)
-def test_tokens_that_never_arrive_cost_nothing_but_time(
-    tokenizer: ModelTokenizer, error: Exception
-) -> None:
-    runner = DeviceRunner()
-    fake = Engine(runner, tokenizer)
-    choices = [params(20), params(20, temperature=1.0, seed=3, logprobs=1)]
-    prompts = [prompt_of(9, seed) for seed in range(6)]
-    expected = [fake.generate(prompt, choices[n % 2]) for n, prompt in enumerate(prompts)]
-    driver = Driver(fake)
-    requests = [driver.add(prompt, choices[n % 2]) for n, prompt in enumerate(prompts)]
-    driver.run(7)
-    assert runner.outstanding == 1
-    left = [2]
-
-    def fail_twice(kind: str, _tokens: list[int]) -> None:
-        if kind == "result" and left[0]:
-            left[0] -= 1
-            raise error
-
-    runner.fault = fail_twice
-    driver.run()
-    assert left == [0]
-    for request, result in zip(requests, expected, strict=True):
-        driver.check(request)
-        assert same(request.ticket.result(0), result)
-
-
-def test_a_step_runs_while_the_tokens_of_the_last_one_are_taken_over(
-    tokenizer: ModelTokenizer,
-) -> None:
-    runner = DeviceRunner()
-    driver = Driver(Engine(runner, tokenizer), BatchingOptions(prefix_cache_bytes=0))
-    outstanding: list[int] = []
-    runner.fault = lambda kind, _: (
-        outstanding.append(runner.outstanding) if kind == "result" else None
-    )
-    requests = [driver.add(prompt_of(5, seed), params(10)) for seed in range(3)]
-    driver.run(6)
-    assert outstanding == [1] * 6  # after each result one more step runs
-    requests[1].ticket.cancel()
-    driver.run()
-    assert requests[1].ticket.result(0).new_tokens == 6
-    assert runner.outstanding == 0
-    decoded = [rows for kind, rows in runner.calls if kind == "decode"]
-    assert decoded == [3] * 6 + [2] * 3
-
-
-def test_prompts_are_read_together_where_no_cache_follows(tokenizer: ModelTokenizer) -> None:
-    runner = DeviceRunner()
-    fake = Engine(runner, tokenizer)
-    sizes = [40, 3, 700, 9, 64, 1, 30]
-    expected = [fake.generate(prompt_of(size, size), params(6)) for size in sizes]
-    runner.calls.clear()
-    options = BatchingOptions(prefix_cache_bytes=0, token_budget=256)
-    driver = Driver(fake, options)
-    requests = [driver.add(prompt_of(size, size), params(6)) for size in sizes]
-    driver.loop.step()
-    assert runner.calls[0] == ("prefill", 256)
-    assert driver.loop.stats().running == 7
-    driver.run()
-    for request, result in zip(requests, expected, strict=True):
-        driver.check(request)
-        assert same(request.ticket.result(0), result)
-    reads = [size for kind, size in runner.calls if kind == "prefill"]
-    assert sum(reads) == sum(sizes)
-    assert len(reads) == 4
-
-
-@pytest.mark.parametrize("times", [1, 99])
-def test_a_prompt_that_fails_among_others_fails_alone(
-    tokenizer: ModelTokenizer, times: int
-) -> None:
-    runner = DeviceRunner()
-    fake = Engine(runner, tokenizer)
-    prompts = [prompt_of(30, seed) for seed in range(4)]
-    prompts[1][7] = 299
-    expected = [fake.generate(prompt, params(6)) for prompt in prompts]
-    runner.fault = Fault("prefill", 299, times, RuntimeError("poison"))
-    driver = Driver(fake, BatchingOptions(prefix_cache_bytes=0))
-    requests = [driver.add(prompt, params(6)) for prompt in prompts]
-    driver.run()
-    for index, request in enumerate(requests):
-        if index == 1 and times > 1:
-            with pytest.raises(RingExportError, match="poison"):
-                request.ticket.result(0)
-        else:
-            assert same(request.ticket.result(0), expected[index])
-
-
 class Schedule:
     """Does what the actions say, and remembers the requests."""
 
@@ -422,7 +307,7 @@ class Schedule:
 @given(
     actions=ACTIONS,
     rows=st.integers(1, 6),
-    budget=st.integers(1, 80),
+    budget=st.none() | st.integers(1, 80),
     cache=st.booleans(),
     kind=st.sampled_from([FakeRunner, DeviceRunner]),
 )
@@ -430,7 +315,7 @@ def test_any_schedule_gives_the_results_of_each_request_alone(
     tokenizer: ModelTokenizer,
     actions: list[Action],
     rows: int,
-    budget: int,
+    budget: int | None,
     cache: bool,
     kind: type[FakeRunner],
 ) -> None:

@@ -136,6 +136,21 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_kill_while_finished_work_is_removed(
+    directory: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, **_: object) -> None:
+        for stats in path.glob("stats-*"):
+            stats.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ringexport.calibrate.workdir.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(directory, tmp_path)
+    assert run(directory, tmp_path).to_bytes() == expected
+
+
 def test_a_work_directory_that_cannot_be_made_is_an_error(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot use the work directory"):

@@ -111,6 +111,11 @@ def test_resolve_gives_one_hashable_value() -> None:
         (["--target", "tensorrt:sm_90+sm_100"], 3, ["is for one architecture"]),
         (["--target", "tensorrt-rtx:sm_90"], 3, ["do not run on sm_90", "sm_120"]),
         (["--target", "tensorrt-rtx:sm_89", "--recipe", "fp32"], 3, ["compute in bf16"]),
+        (
+            ["--target", "tensorrt-rtx:sm_80+sm_89", "--recipe", "fp8-static"],
+            3,
+            ["to FP8, and the target tensorrt-rtx:sm_80+sm_89 is for sm_80", "from sm_89 on"],
+        ),
         (["--target", "tensorrt-rtx:sm_89", "--profile", "fast"], 3, ["unknown engine profile"]),
         (["--profile", "nope"], 3, ["no TensorRT engine is built for onnxruntime:cpu"]),
         (["--profile", "default"], 3, ["an engine profile is given", "leave out --profile"]),
@@ -158,6 +163,12 @@ def test_values_that_are_not_finite(call: Call, tmp_path: Path) -> None:
     called = call("build", checkpoint, "-o", tmp_path / "out")
     assert_refused(called, 3, "nan")
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_an_output_whose_name_is_not_utf8(call: Call, tmp_path: Path) -> None:
+    output = tmp_path / os.fsdecode(b"bad\xff")
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    assert_refused(call("build", checkpoint, "-o", output), 6, "is not UTF-8")
 
 
 def test_output_and_checkpoint_must_be_apart(call: Call, tmp_path: Path) -> None:

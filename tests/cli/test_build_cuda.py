@@ -42,6 +42,22 @@ def test_run_says_what_is_missing(call: Call, tmp_path: Path) -> None:
     assert_refused(call("run", out, "x", "--backend", "cuda:sm_90"), 4, "NVIDIA GPU")
 
 
+def test_a_build_is_tried_with_the_library_of_the_settings(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def why_not_here(target: str, library: Path | None) -> tuple[str, str]:
+        asked.append((target, library))
+        return "it is only asked", "no hint"
+
+    monkeypatch.setattr("ringexport.runtime.backends.cuda.open.why_not_here", why_not_here)
+    monkeypatch.setenv("RINGEXPORT_KERNEL_LIBRARY", "/elsewhere/libringkernels.so")
+    built = call("build", RING_NANO, "-o", tmp_path / "bundle", "--target", "cuda:sm_90")
+    assert built.code == 0, built.err
+    assert set(asked) == {("cuda:sm_90", Path("/elsewhere/libringkernels.so"))}
+
+
 def test_a_profile_is_for_tensorrt_alone(call: Call, tmp_path: Path) -> None:
     arguments = ("-o", tmp_path / "out", "--target", "cuda:sm_90", "--profile", "default")
     refused = call("build", RING_NANO, *arguments)
@@ -58,6 +74,14 @@ def test_bench_says_at_once_what_it_leaves_out(call: Call, tmp_path: Path) -> No
     assert called.code == 0, called.err
     assert "note: cuda:sm_90 is not measured: the backend cuda:sm_90 cannot run here" in called.err
     assert "not measured: cuda:sm_90" in called.out
+
+
+def test_bench_refuses_sizes_before_it_looks_for_a_gpu(call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    assert call("build", RING_NANO, "-o", out, "--target", "cuda:sm_90").code == 0
+    fast = ("bench", out, "--backend", "cuda:sm_90")
+    assert_refused(call(*fast, "--batch", "8,257"), 3, "257 rows", "takes 256 at most")
+    assert_refused(call(*fast, "--context", "9000"), 3, "the context holds 8192")
 
 
 def test_one_bundle_holds_several_targets(call: Call, tmp_path: Path) -> None:

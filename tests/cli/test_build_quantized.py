@@ -320,8 +320,8 @@ class Build:
 
 @pytest.mark.slow
 def test_killed_twice_and_completed(small_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
-    Build(small_checkpoint, tmp_path / "calm", prompts).finish()
-    storm = tmp_path / "storm"
+    storm, calm = tmp_path / "storm", tmp_path / "calm"
+    Build(small_checkpoint, calm, prompts).finish()
     for pattern in ("calibrate-*/stats-0001.st", "quantized"):
         killed = Build(small_checkpoint, storm, prompts).stop(pattern, signal.SIGKILL)
         assert killed == -signal.SIGKILL
@@ -329,7 +329,9 @@ def test_killed_twice_and_completed(small_checkpoint: Path, prompts: Path, tmp_p
     said = Build(small_checkpoint, storm, prompts).finish()
     assert "the calibration was finished by an earlier run" in said
     assert "the weights were quantized by an earlier run" in said
-    assert files_of(storm) == files_of(tmp_path / "calm")
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (storm, calm)]
+    assert manifests[0] == manifests[1]  # names what differs
+    assert files_of(storm) == files_of(calm)
     left = {path.name for path in tmp_path.iterdir() if ".tmp-" not in path.name}
     assert left == {"calm", "storm"}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -236,6 +237,17 @@ def test_compare_with_torch(call: Call, bundle: Path) -> None:
     assert all(row["passed"] for row in bounded)
     hidden = [row["value"] for row in rows if row["kind"] == "hidden"]
     assert 0 < max(hidden) < 1e-5
+
+
+def test_compare_breaks_no_name_at_80_columns(
+    call: Call, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringexport.cli.console._PIPE_COLUMNS", 80)
+    called = call("compare", bundle, "--against", bundle, "--tokens", 8)
+    rows = [line.split() for line in called.out.splitlines() if line.startswith("state ")]
+    assert any(row[1] == "recurrent_state.0" for row in rows)
+    assert any(re.fullmatch(r"kv_cache\.\d+\.value", row[1]) for row in rows)
+    assert max(map(len, called.out.splitlines())) <= 80
 
 
 def test_compare_finds_another_decay(call: Call, bundle: Path, other: Path) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from ringexport.cli.doctor import Check, check_targets
+from ringexport.engine.plugins import ABI_VERSION
 from ringexport.runtime.registry import BackendInfo
+from ringexport.version import __version__
 from tests.cli.conftest import Call
 
 
@@ -57,9 +59,23 @@ def test_doctor_tells_building_from_running(monkeypatch: pytest.MonkeyPatch, *, 
 def test_doctor_shows_what_builds_only(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     shown = call("doctor").out.splitlines()
-    rows = {line.split()[0]: line.split()[1] for line in shown if line.count(":") and line.split()}
+    lines = [line.split() for line in shown if ":" in line and not line.startswith(" ")]
+    rows = {words[0]: words[1] for words in lines}
     assert rows["cuda:sm_80/86/89/90/100/120"] == rows["onnxruntime:cuda"] == "builds"
     assert rows["onnxruntime:cpu"] == "yes"
+
+
+def test_doctor_breaks_no_command(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ringexport.cli.console._PIPE_COLUMNS", 80)
+    monkeypatch.setenv("RINGEXPORT_KERNEL_LIBRARY", str(tmp_path / "none.so"))
+    lines = [line.strip() for line in call("doctor").out.splitlines()]
+    machine = call("doctor", "--json").json["machine"]
+    missing = [part for part in machine if part["install"]]
+    assert "CUDA kernels" in {part["name"] for part in missing}
+    for part in missing:
+        assert any(line.startswith(part["name"]) and part["install"] in line for line in lines)
 
 
 def test_doctor_names_the_variable_of_the_kernels(
@@ -69,6 +85,37 @@ def test_doctor_names_the_variable_of_the_kernels(
     machine = {check["name"]: check for check in call("doctor", "--json").json["machine"]}
     kernels = machine["CUDA kernels"]["install"]
     assert kernels.endswith("or name it in RINGEXPORT_KERNEL_LIBRARY")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [
+        ("none", "without kernels: engines build, nothing runs"),
+        ("80+90a", "kernels 80+90a: engines for sm_100, sm_120 build, and do not run"),
+        ("80+86+89+90a+100+120", "kernels 80+86+89+90a+100+120"),
+    ],
+)
+def test_doctor_says_which_gpus_the_plugins_are_for(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: str, said: str
+) -> None:
+    path = tmp_path / "libringplugins.so"
+    facts = f"version={__version__};abi={ABI_VERSION};kernels={kernels};tensorrt_headers=10.14;"
+    path.write_text(f"@(#)ringplugins;{facts}")
+    monkeypatch.setenv("RINGEXPORT_PLUGIN_LIBRARY", str(path))
+    machine = {check["name"]: check for check in call("doctor", "--json").json["machine"]}
+    assert machine["TensorRT plugins"]["detail"] == f"{path}, {said}"
+
+
+def test_doctor_names_a_tensorrt_that_cannot_be_loaded(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A package registry has its Python module without the libraries."""
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('no libnvinfer.so')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    machine = {check["name"]: check for check in call("doctor", "--json").json["machine"]}
+    assert not machine["tensorrt"]["found"]
+    assert machine["tensorrt"]["detail"].endswith("cannot be loaded: ImportError: no libnvinfer.so")
 
 
 def test_doctor_without_tools(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -108,19 +108,35 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_snippets_of_the_readme_run(workplace: Path) -> None:
+def run_snippet(snippet: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run Python code of the README as its readers do."""
+    return subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def snippets() -> list[str]:
+    """Python code of the README."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert snippets
-    for snippet in snippets:
-        done = subprocess.run(
-            [sys.executable, "-c", snippet],
-            cwd=workplace,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_snippets_of_the_readme_run(workplace: Path) -> None:
+    assert snippets()
+    for snippet in snippets():
+        done = run_snippet(snippet, workplace)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+def test_sessions_that_share_a_past_say_the_same(workplace: Path) -> None:
+    (snippet,) = [one for one in snippets() if "fork" in one]
+    said = run_snippet(snippet, workplace).stdout
+    assert len(said) > 3
+    assert said == 3 * said[: len(said) // 3]

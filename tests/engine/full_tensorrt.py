@@ -5,6 +5,7 @@ Prints one JSON object: what the package's code gets from the real module of ful
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def plugins(tensorrt: TensorRt) -> dict[str, Any]:
     """Create every plugin, and each once more without its first attribute."""
     trt, found = tensorrt.module, {}
     for spec in PLUGIN_CONTRACTS:
-        values = {name: 0.5 if name in spec.reals else 4 for name in spec.attributes}
+        values = {name: 0.5 if name in spec.reals else 1 for name in spec.attributes}
         plugin = create(trt, spec.name, values)
         core, build = (
             plugin.get_capability_interface(kind)
@@ -68,8 +69,8 @@ def main(library: Path) -> None:
     with Path("/dev/null").open("wb") as file:
         ours = [
             make_log(tensorrt),
-            make_monitor(tensorrt, "a stage", NoProgress()),
-            make_writer(tensorrt, file, lambda _: None),
+            make_monitor(tensorrt, "a stage", NoProgress(), threading.Event()),
+            make_writer(tensorrt, file),
         ]
     json.dump(
         {

@@ -1,6 +1,9 @@
 """Real engines of TensorRT-RTX without a GPU, and the errors of its builder."""
 
+import _thread
 import json
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +29,7 @@ from ringexport.engine.table import read_table
 from ringexport.engine.target import EngineTarget
 from ringexport.errors import BackendUnavailableError, ConfigError, EngineBuildError
 from ringexport.graph.lower_tensorrt import export_tensorrt_graph
-from ringexport.pipeline.build import build
+from ringexport.pipeline.build import build, estimate
 from ringexport.pipeline.request import BuildRequest
 from tests.engine.progress import Recorder
 
@@ -214,6 +217,19 @@ def test_a_missing_plugin_is_named(
     assert "there is no plugin RingOtherExperts" in it.value.message
 
 
+def test_missing_weights_are_named(
+    rtx: TensorRt, library: PluginLibrary, graph: Path, tmp_path: Path
+) -> None:
+    """They belong to no node."""
+    name = "layers.1.mlp.experts.gate_up_proj"
+    for model in changed_graph(graph, tmp_path):
+        weight = next(one for one in model.graph.initializer if one.name == name)
+        next(one for one in weight.external_data if one.key == "location").value = "gone.bin"
+    with pytest.raises(EngineBuildError, match=r"^tensorrt-rtx refuses the graph: ") as caught:
+        parse_network(rtx, tmp_path / "model.onnx", library)
+    assert name in caught.value.message
+
+
 def test_a_missing_attribute_is_named(
     rtx: TensorRt, library: PluginLibrary, graph: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +257,43 @@ def tiny_graph(path: Path) -> Path:
     return path
 
 
+class Stopped(BaseException):
+    """What the handler of a signal raises."""
+
+
+class Stopping(Recorder):
+    """Sends the process a signal when the builder starts to work."""
+
+    def start(self, stage: str, total: int | None = None, unit: str = "") -> None:
+        super().start(stage, total, unit)
+        if total:
+            _thread.interrupt_main(signal.SIGTERM)
+            time.sleep(1)  # for the thread that gets it
+
+
+def test_a_signal_ends_a_build(rtx: TensorRt, library: PluginLibrary, tmp_path: Path) -> None:
+    """TensorRT swallows what the handler raises inside its callbacks."""
+
+    def stop(number: int, frame: object) -> None:
+        del number, frame
+        raise Stopped
+
+    progress = Stopping()
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stopped):
+            build_engine(
+                rtx,
+                request(tiny_graph(tmp_path / "tiny.onnx"), library),
+                tmp_path,
+                progress=progress,
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert progress.stages[-1] == "building the tensorrt-rtx:sm_89 engine"
+    assert not (tmp_path / LAYERS_FILE).exists()
+
+
 def with_options(wanted: EngineRequest, **options: object) -> EngineRequest:
     profile = replace(wanted.profile, options=BuildOptions(**options))  # type: ignore[arg-type]
     return replace(wanted, profile=profile)
@@ -258,13 +311,23 @@ def test_options_that_the_flavour_lacks_are_refused(
     rtx: TensorRt, library: PluginLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = request(tiny_graph(tmp_path / "tiny.onnx"), library)
-    with pytest.raises(ConfigError, match="tensorrt-rtx has no option timing_cache"):
+    with pytest.raises(ConfigError, match=r"tensorrt-rtx \S+ has no option timing_cache"):
         build_engine(rtx, with_options(wanted, timing_cache=tmp_path / "cache"), tmp_path)
-    with pytest.raises(ConfigError, match="tensorrt-rtx has no option version_compatible"):
+    with pytest.raises(ConfigError, match="has no option version_compatible"):
         build_engine(rtx, with_options(wanted, version_compatible=True), tmp_path)
     monkeypatch.delattr(rtx.module.BuilderFlag, "WEIGHT_STREAMING")
     with pytest.raises(ConfigError, match="has no option weight_streaming"):
         build_engine(rtx, with_options(wanted, weight_streaming=True), tmp_path)
+
+
+def test_a_failed_build_tells_the_cause_alone(
+    rtx: TensorRt, library: PluginLibrary, tmp_path: Path
+) -> None:
+    wanted = request(tiny_graph(tmp_path / "tiny.onnx"), library)
+    with pytest.raises(EngineBuildError, match="workspace") as caught:
+        build_engine(rtx, with_options(wanted, workspace_mib=1), tmp_path)
+    assert "CUDA driver" not in caught.value.message
+    assert caught.value.hint == "run again with -v for everything that TensorRT says"
 
 
 def test_options_that_need_a_gpu_are_refused_without_one(
@@ -274,6 +337,20 @@ def test_options_that_need_a_gpu_are_refused_without_one(
     wanted = request(tiny_graph(tmp_path / "tiny.onnx"), library)
     with pytest.raises(BackendUnavailableError, match="option refit only where a GPU is"):
         build_engine(rtx, with_options(wanted, refit=True), tmp_path)
+
+
+def test_options_are_refused_before_anything_is_written(host_plugins: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "cache.toml"
+    profile.write_text('[options]\ntiming_cache = "a.cache"\n')
+    wanted = BuildRequest(
+        checkpoint=NANO,
+        output=tmp_path / "bundle",
+        targets=("tensorrt-rtx:sm_89",),
+        profile=str(profile),
+        plugin_library=host_plugins,
+    )
+    with pytest.raises(ConfigError, match="has no option timing_cache"):
+        estimate(wanted)
 
 
 def test_an_architecture_that_the_version_lacks_is_refused(

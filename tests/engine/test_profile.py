@@ -56,10 +56,19 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
         ("[decode]\nnew_tokens = [1, 1, 2]\n", r"is not \[1, 1, 1\]"),
         ("[options]\nrefit = 1\n", "expected bool"),
         ("[options]\noptimization_level = 9\n", "optimization_level is 9, expected 0 to 5"),
-        ("[options]\nworkspace_mib = 0\n", "workspace_mib is 0, expected at least 1"),
+        ("[options]\nworkspace_mib = 0\n", "workspace_mib is 0, expected 1 to 1048576"),
+        ("[options]\nworkspace_mib = 99999999999999\n", "expected 1 to 1048576"),
+        ('[options]\ntiming_cache = ""\n', "timing_cache is empty"),
+        (
+            "[decode]\nrows = [3, 4, 8]\n",
+            r"decode.rows is \[3, 4, 8\], expected a range that holds 1",
+        ),
+        ("[prefill]\nnew_tokens = [1, 1, 1]\n", "a range that holds 2"),
+        ("[prefill]\nlogits = [5, 5, 5]\n", "a range that holds 1"),
+        ('[prefill]\ncache_tokens = [512, 4096, "context"]\n', "a range that holds 2"),
         ("[options]\nfast = true\n", "unknown key 'fast'"),
         ("options = 3\n", "is no table"),
-        ("[prefill\n", "cannot be read"),
+        ("[prefill\n", "is no TOML"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -72,5 +81,5 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
 def test_names_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown engine profile"):
         load_profile("fast")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"cannot be read: No such file or directory$"):
         load_profile(str(tmp_path / "missing.toml"))

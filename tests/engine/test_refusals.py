@@ -1,22 +1,24 @@
 """What cannot run is refused in one sentence, before TensorRT sees it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ringexport.engine.plugins import PLUGIN_LIBRARY_FILE
+from ringexport.engine.plugins import ABI_VERSION, PLUGIN_LIBRARY_FILE
+from ringexport.engine.profile import DEFAULT_PROFILE
 from ringexport.engine.table import EngineTable
 from ringexport.engine.target import EngineTarget
 from ringexport.errors import BackendUnavailableError, BundleError, ConfigError, VersionError
 from ringexport.pipeline.inspect import describe
-from ringexport.runtime.backends.trt import check_engine, why_not_here
+from ringexport.runtime.backends.trt import TrtLimits, check_engine, open_engine, why_not_here
 from ringexport.version import __version__
 
 TARGET = EngineTarget("tensorrt-rtx", (80, 89))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, host_plugins: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "engine.plan").write_bytes(b"e" * 100)
     table = EngineTable(
         target=TARGET.name,
@@ -26,7 +28,8 @@ def folder(tmp_path: Path, host_plugins: Path) -> Path:
         counts={"RingExperts": 5},
     )
     table.write(tmp_path / "layers.json", ())
-    (tmp_path / PLUGIN_LIBRARY_FILE).write_bytes(host_plugins.read_bytes())
+    facts = f"version={__version__};abi={ABI_VERSION};kernels=80+89;tensorrt_headers=10.14;"
+    (tmp_path / PLUGIN_LIBRARY_FILE).write_text(f"@(#)ringplugins;{facts}")
     return tmp_path
 
 
@@ -101,11 +104,44 @@ def test_inspect_a_truncated_engine(folder: Path) -> None:
 
 def test_plugins_of_another_version(folder: Path) -> None:
     path = folder / PLUGIN_LIBRARY_FILE
-    path.write_bytes(
-        path.read_bytes().replace(b"ringplugins;version=0.1.0", b"ringplugins;version=0.0.9")
-    )
+    path.write_text(path.read_text().replace(f"version={__version__}", "version=0.0.9"))
     with pytest.raises(VersionError, match=r"is of ringexport 0\.0\.9 with ABI 1, expected"):
         check_engine(folder, TARGET, 80)
+
+
+@pytest.mark.parametrize("kernels", ["90a", "86", "none"])
+def test_plugins_without_kernels_for_this_gpu(folder: Path, kernels: str) -> None:
+    path = folder / PLUGIN_LIBRARY_FILE
+    path.write_text(path.read_text().replace("kernels=80+89", f"kernels={kernels}"))
+    with pytest.raises(
+        BackendUnavailableError, match=rf"has no kernels for sm_80, only for: {kernels}"
+    ):
+        check_engine(folder, TARGET, 80)
+
+
+@pytest.mark.parametrize("rows", [None, 0, -1])
+def test_a_manifest_without_a_usable_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, rows: int | None
+) -> None:
+    monkeypatch.setattr("ringexport.runtime.backends.trt.device_architecture", lambda: 80)
+    limits = DEFAULT_PROFILE.limits(8192) | {"context_length": 8192, "decode_rows": rows}
+    given = {name: value for name, value in limits.items() if value is not None}
+    with pytest.raises(BundleError, match="no usable limit decode_rows for tensorrt-rtx:sm_80"):
+        open_engine(folder, TARGET.name, given, lambda: "digest")
+
+
+def test_a_row_holds_what_the_model_and_both_profiles_can() -> None:
+    limits = TrtLimits(
+        context_length=8192,
+        decode_rows=1,
+        decode_cache_tokens=2048,
+        prefill_rows=1,
+        prefill_new_tokens=512,
+        prefill_logits=1,
+        prefill_cache_tokens=1024,
+    )
+    assert limits.row_tokens == 1024
+    assert replace(limits, context_length=512).row_tokens == 512
 
 
 def test_why_a_target_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,11 @@ def test_other_families(name: str) -> None:
     ("name", "message"),
     [
         ("tensorrt", "names no architectures"),
-        ("tensorrt-rtx:89", "names no architectures"),
-        ("tensorrt-rtx:sm_80,sm_89", "names no architectures"),
+        ("tensorrt-rtx:89", "names no architectures that can be read: '89'"),
+        ("tensorrt-rtx:sm_80,sm_89", "names no architectures that can be read"),
+        ("tensorrt-rtx:sm_\u0668\u0669", "names no architectures that can be read"),
+        ("tensorrt-rtx:sm_089", "names no architectures that can be read"),
+        ("tensorrt:sm_" + "9" * 5000, "names no architectures that can be read"),
         ("tensorrt-rtx:sm_90", "do not run on sm_90"),
         ("tensorrt-rtx:sm_89+sm_89", "names an architecture twice"),
         ("tensorrt:sm_80+sm_89", "is for one architecture"),
@@ -44,3 +47,10 @@ def test_other_families(name: str) -> None:
 def test_targets_that_cannot_be(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineTarget.parse(name)
+
+
+def test_the_hint_is_a_target_that_can_be() -> None:
+    for flavor, several in (("tensorrt", False), ("tensorrt-rtx", True)):
+        with pytest.raises(ConfigError) as caught:
+            EngineTarget.parse(flavor)
+        assert ("+" in str(caught.value.hint)) is several

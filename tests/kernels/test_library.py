@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,44 @@ def test_kernels_know_neither_torch_nor_tensorrt(path: Path) -> None:
     assert len(text.splitlines()) <= 500
 
 
+@pytest.mark.parametrize("architectures", ["", "sm_90", "80,90a", "all"])
+def test_cmake_refuses_what_is_no_architecture(tmp_path: Path, architectures: str) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    command = ["cmake", "-S", str(PLUGINS), "-B", str(tmp_path)]
+    command.append(f"-DRINGEXPORT_CUDA_ARCHITECTURES={architectures}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f'is "{architectures}", expected numbers such as 80;90a' in " ".join(done.stderr.split())
+
+
 def test_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailableError, match="cannot be loaded") as caught:
         KernelLibrary.open(tmp_path / "libringkernels.so")
-    assert "cmake" in str(caught.value.hint)
+    assert "make plugins" in str(caught.value.hint)
+
+
+def test_a_truncated_library_is_refused(tmp_path: Path) -> None:
+    """Loading one ends the process."""
+    whole = Path(importlib.util.find_spec("_ctypes").origin).read_bytes()  # type: ignore[union-attr, arg-type]
+    path = tmp_path / "libringkernels.so"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BackendUnavailableError, match=r"libringkernels.so is truncated"):
+        KernelLibrary.open(path)
+
+
+def test_a_library_that_may_not_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "libringkernels.so"
+    path.write_bytes(b"\x7fELF")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(BackendUnavailableError, match=r"cannot be loaded: .*Permission denied"):
+        KernelLibrary.open(path)
 
 
 def test_a_library_of_another_version_is_refused(

@@ -1,118 +1,18 @@
-"""The MoE kernels against the router contract and fp64 experts."""
+"""The MoE kernels against fp64 experts."""
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ringexport.errors import ShapeError
 from ringexport.kernels.library import DType
-from ringexport.ops.moe import Routing, router
 from tests.kernels.moe_cases import EPS, Experts, normed, quantize_rows, symmetric_difference
 from tests.kernels.support import DTYPES, Guarded, assert_within_torch, library, workspace
 
 pytestmark = pytest.mark.gpu
 L3_BOUND = 1e-6
-RING_MINI = Routing(
-    num_experts=256, top_k=8, n_group=8, topk_group=4, normalize=True, routed_scaling_factor=2.5
-)
-ROUTINGS = {
-    "mini": RING_MINI,
-    "nano": Routing(
-        num_experts=32, top_k=4, n_group=4, topk_group=2, normalize=True, routed_scaling_factor=2.5
-    ),
-    "flat": Routing(
-        num_experts=64, top_k=6, n_group=1, topk_group=1, normalize=False, routed_scaling_factor=1.0
-    ),
-    "wide": Routing(
-        num_experts=512,
-        top_k=10,
-        n_group=16,
-        topk_group=16,
-        normalize=True,
-        routed_scaling_factor=1.5,
-    ),
-    "single": Routing(
-        num_experts=8, top_k=2, n_group=8, topk_group=3, normalize=True, routed_scaling_factor=1.0
-    ),
-}
-
-
-def _route(
-    hidden: Tensor, weight: Tensor, bias: Tensor, routing: Routing, **more: object
-) -> tuple[Tensor, Tensor]:
-    ids = Guarded((len(hidden), routing.top_k), torch.int32)
-    weights = Guarded((len(hidden), routing.top_k), torch.float32)
-    fields = {
-        "hidden": hidden,
-        "router_weight": weight,
-        "expert_bias": bias,
-        "expert_ids": ids.tensor,
-        "routing_weights": weights.tensor,
-        "tokens": len(hidden),
-        "hidden_size": hidden.shape[1],
-        "norm_eps": EPS,
-        "hidden_dtype": DTYPES[hidden.dtype],
-        **routing.attributes(),
-        **more,
-    }
-    space = workspace("router", **fields)
-    call = library().call("router", **fields, **space)
-    for _ in range(3):  # the workspace must be as it was
-        call.launch()
-    return ids.check(), weights.check()
-
-
-@pytest.mark.parametrize("name", ROUTINGS)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 30, 63, 500])
-def test_router_ties_and_choice(name: str, tokens: int) -> None:
-    """Small integers make every logit exact and ties common: ids are the contract's, bit by bit."""
-    routing, hidden_size = ROUTINGS[name], 256
-    generator = torch.Generator().manual_seed(tokens)
-    hidden = torch.randint(-1, 2, (tokens, hidden_size), generator=generator).float()
-    weight = torch.randint(-2, 3, (routing.num_experts, hidden_size), generator=generator) / 32
-    bias = torch.randint(0, 3, (routing.num_experts,), generator=generator) / 4
-    ids, weights = router(hidden.numpy(), weight.T.numpy(), bias.numpy(), routing)
-    got_ids, got_weights = _route(hidden.cuda().bfloat16(), weight.cuda(), bias.cuda(), routing)
-    np.testing.assert_array_equal(got_ids.cpu().numpy(), ids)
-    np.testing.assert_allclose(got_weights.cpu().numpy(), weights, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("tokens", "hidden_size"),
-    [(1, 2048), (2, 4096), (7, 2048), (64, 2048), (130, 520), (4097, 2048)],
-)
-@pytest.mark.parametrize("norm", [False, True])
-def test_router_random(dtype: torch.dtype, tokens: int, hidden_size: int, norm: bool) -> None:
-    """Weights to 1e-5; ids equal wherever fp64 logits leave no doubt."""
-    if norm and dtype != torch.float32:
-        pytest.skip("the norm is of the fp32 residual")
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    hidden = torch.randn(tokens, hidden_size, device="cuda", generator=generator).to(dtype)
-    weight = torch.randn(256, hidden_size, device="cuda", generator=generator) * hidden_size**-0.5
-    bias = torch.randn(256, device="cuda", generator=generator) * 0.1
-    norm_weight = torch.rand(hidden_size, device="cuda", generator=generator) + 0.5
-    got_ids, got_weights = _route(
-        hidden, weight, bias, RING_MINI, **({"norm_weight": norm_weight} if norm else {})
-    )
-    wide = hidden.double()
-    if norm:
-        wide = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * norm_weight.double()
-    ids, weights = router_fp64(wide @ weight.double().T, bias, RING_MINI)
-    same = (got_ids.cpu().numpy() == ids).all(-1)
-    assert same.mean() > 0.999, f"{(~same).sum()} of {tokens} tokens differ"
-    np.testing.assert_allclose(got_weights.cpu().numpy()[same], weights[same], rtol=1e-5)
-
-
-def router_fp64(logits: Tensor, bias: Tensor, routing: Routing) -> tuple[np.ndarray, np.ndarray]:
-    """The contract on given logits: an identity as router weight."""
-    exact = logits.cpu().numpy()
-    identity = np.eye(exact.shape[1], dtype=np.float32)
-    return router(exact.astype(np.float32), identity, bias.cpu().numpy(), routing)
-
 
 CASES = [
     ("fp8", "channel"),

@@ -22,7 +22,7 @@ def test_usage(decode: Path) -> None:
     assert done.stderr.startswith("usage: decode BUNDLE/targets/TARGET")
 
 
-@pytest.mark.parametrize("token", ["x", "1.5", "-1", ""])
+@pytest.mark.parametrize("token", ["x", "1.5", "-1", "", "99999999999999999999"])
 def test_what_is_no_token_is_refused(decode: Path, tmp_path: Path, token: str) -> None:
     command = [decode, tmp_path, "libnvinfer-missing.so", "3", "1", token]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

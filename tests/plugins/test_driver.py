@@ -77,6 +77,34 @@ def test_a_field_of_another_type_is_refused(
     assert "attribute num_heads is float32 x 1, expected one int32" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "attribute", "value", "said"),
+    [
+        ("linear-decode", "num_heads", -1, "is -1, expected 1 or more"),
+        ("linear-decode", "query_scale", -0.5, "is -0.500000, expected a positive number"),
+        ("attention-decode", "num_kv_heads", 0, "is 0, expected 1 or more"),
+        ("router-1", "top_k", 0, "is 0, expected 1 or more"),
+        ("router-1", "n_group", 0, "is 0, expected 1 or more"),
+        ("router-1", "normalize", 2, "is 2, expected 0 or 1"),
+        ("experts-1", "num_experts", -1, "is -1, expected 1 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused(
+    plugin_driver: Path,
+    host_plugins: Path,
+    tmp_path: Path,
+    name: str,
+    attribute: str,
+    value: float,
+    said: str,
+) -> None:
+    case = make(name)
+    wrong = changed(case, attributes=case.attributes | {attribute: value})
+    done = drive(plugin_driver, wrong.write(tmp_path, host_plugins))
+    assert done.returncode == 3
+    assert f"createPlugin: {wrong.op}: attribute {attribute} {said}" in done.stdout
+
+
 def test_wrong_tensors_are_refused(plugin_driver: Path, host_plugins: Path, tmp_path: Path) -> None:
     case = make("linear-decode")
     wrong_type = [*case.inputs[:3], case.inputs[3].astype(np.float16), *case.inputs[4:]]
@@ -98,7 +126,7 @@ def test_fields_of_another_abi_are_refused(
     assert "built with version 7 of the plugins, this library has version 1" in done.stdout
 
 
-def test_a_library_without_kernels_refuses_to_run(host_plugins: Path) -> None:
+def test_a_library_without_kernels_says_so(host_plugins: Path) -> None:
     assert PluginLibrary.read(host_plugins).kernels == NO_KERNELS
 
 

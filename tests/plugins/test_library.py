@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,26 @@ def test_a_library_of_another_version_is_refused(
     path.write_bytes(host_plugins.read_bytes().replace(old.encode(), new.encode()))
     with pytest.raises(VersionError, match=r"is of ringexport .* expected .* with ABI"):
         find_library(path)
+
+
+def test_a_truncated_library_is_refused(host_plugins: Path, tmp_path: Path) -> None:
+    """Loading one ends the process."""
+    path = tmp_path / "libringplugins.so"
+    path.write_bytes(host_plugins.read_bytes()[:-100])
+    with pytest.raises(BackendUnavailableError, match=r"libringplugins\.so is truncated"):
+        find_library(path)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "lacking"),
+    [("none", (80, 86, 89, 90, 120)), ("90a", (80, 86, 89, 120)), ("80+120", (90,)),
+     ("89", (80, 86, 90, 120)), ("80+86+89+90a+100+120", ())],
+)  # fmt: skip
+def test_architectures_without_kernels(
+    host_plugins: Path, kernels: str, lacking: tuple[int, ...]
+) -> None:
+    library = replace(PluginLibrary.read(host_plugins), kernels=kernels)
+    assert library.lacks((80, 86, 89, 90, 120)) == lacking
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The parts of the cuda backend that need no GPU: slots, plans, weights, joined attention."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ringexport.runtime.backends.cuda.network import PackedRows
 from ringexport.runtime.backends.cuda.open import open_packed, why_not_here
 from ringexport.runtime.backends.cuda.prefill_attention import _joined
 from ringexport.runtime.backends.cuda.random_weights import random_weights
-from ringexport.runtime.backends.cuda.runner import CudaOptions, _groups
+from ringexport.runtime.backends.cuda.runner import CudaOptions, CudaRunner, _groups
 from ringexport.runtime.backends.cuda.state import MemoryPlan, StatePool
 from ringexport.runtime.backends.cuda.weights import DeviceWeights
 
@@ -116,6 +117,23 @@ def test_rows_are_grouped_by_tokens(
 def test_buckets_hold_what_they_are_for() -> None:
     assert [bucket_of(size, BATCH_BUCKETS) for size in (1, 3, 64, 65, 256)] == [1, 4, 64, 128, 256]
     assert bucket_of(300, BATCH_BUCKETS) == 300
+
+
+def test_more_rows_than_a_graph_holds_are_replayed_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def run_steps(_: object, tokens: Any, state: Any, rows: Any, steps: int) -> Any:
+        assert len(tokens) == len(rows) <= BATCH_BUCKETS[-1]
+        calls.append((list(rows), state, steps))
+        return SimpleNamespace(tokens=torch.from_numpy(np.pad(tokens + 1, (0, 3))))
+
+    monkeypatch.setattr(CudaRunner, "_run_steps", run_steps)
+    runner: Any = CudaRunner.__new__(CudaRunner)
+    found = runner.replay(np.arange(300), "state", range(300), steps=2)
+    assert found.tolist() == list(range(1, 301))
+    assert calls == [(list(range(256)), "state", 2), (list(range(256, 300)), "state", 2)]
 
 
 def test_graphs_are_captured_once_and_the_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:

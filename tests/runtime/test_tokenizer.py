@@ -1,6 +1,9 @@
 import json
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,91 @@ def test_round_trip(tokenizer: ModelTokenizer) -> None:
     for text in ("the rain and the sea", "日本語 🦜 e\u0301\n\t ", "<role>HUMAN</role>"):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_long_text_stops_no_other_thread(tokenizer: ModelTokenizer) -> None:
+    ended, turns = threading.Event(), []
+
+    def count() -> None:
+        while not ended.wait(0.001):
+            turns.append(time.perf_counter())
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    start = time.perf_counter()
+    ids = tokenizer.encode("the rain and the sea " * 50_000)
+    stop = time.perf_counter()
+    ended.set()
+    thread.join()
+    assert len(ids) > 50_000
+    within = [turn for turn in turns if start < turn < start + 0.8 * (stop - start)]
+    assert len(within) > 5
+
+
+@given(text=st.text(max_size=200))
+def test_least_tokens_is_no_more_than_there_are(text: str, tokenizer: ModelTokenizer) -> None:
+    assert 0 <= tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+
+
+def test_least_tokens_grows_with_the_text(tokenizer: ModelTokenizer, folder: Path) -> None:
+    longest = max(map(len, Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()))
+    assert tokenizer.least_tokens("x" * (100 * longest)) == 100
+
+
+def without_newlines(file: dict[str, Any]) -> None:
+    """Take the byte of a line break out of the vocabulary."""
+    vocabulary = file["model"]["vocab"]
+    vocabulary["unused"] = vocabulary.pop("\u010a")
+    file["model"]["merges"] = [
+        pair for pair in file["model"]["merges"] if "\u010a" not in str(pair)
+    ]
+
+
+def before_bytes(**entry: Any) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": [entry, {"type": "ByteLevel"} | BYTE_LEVEL]}
+
+
+BYTE_LEVEL = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+NEWLINES = {"String": "\n"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.update(
+            normalizer={"type": "Strip", "strip_left": True, "strip_right": True}
+        ),
+        lambda file: file["added_tokens"][0].update(rstrip=True),
+        lambda file: file.update(pre_tokenizer=before_bytes(type="WhitespaceSplit")),
+        lambda file: file.update(
+            pre_tokenizer=before_bytes(
+                type="Split", pattern=NEWLINES, behavior="Removed", invert=False
+            )
+        ),
+        lambda file: file.update(pre_tokenizer=None),
+        without_newlines,
+    ],
+    ids=["normalizer", "added token", "spaces", "split", "none", "vocabulary"],
+)
+def test_least_tokens_is_0_where_characters_may_be_dropped(
+    folder: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    path = folder / "tokenizer.json"
+    file = json.loads(path.read_text())
+    file["normalizer"] = None
+    change(file)
+    path.write_text(json.dumps(file))
+    tokenizer = ModelTokenizer.open(folder, vocab_size=VOCAB)
+    text = file["added_tokens"][0]["content"] + "\n" * 1000
+    assert len(tokenizer.encode(text)) < 100
+    assert tokenizer.least_tokens(text) == 0
+
+
+def test_a_split_in_front_of_bytes_keeps_everything(folder: Path) -> None:
+    split = before_bytes(type="Split", pattern=NEWLINES, behavior="Isolated", invert=False)
+    edit(folder / "tokenizer.json", pre_tokenizer=split)
+    tokenizer = ModelTokenizer.open(folder, vocab_size=VOCAB)
+    assert 0 < tokenizer.least_tokens("\n" * 1000) <= len(tokenizer.encode("\n" * 1000))
 
 
 def test_stop_ids_are_those_of_all_files(tokenizer: ModelTokenizer, folder: Path) -> None:

@@ -215,9 +215,43 @@ def test_long_prompts(scripted: Scripted, serve_script: Serve) -> None:
     assert error["code"] == "context_length_exceeded"
     server = serve_script(max_prompt_tokens=20, max_new_tokens=10)
     refused(post(server, CHAT | {"messages": long}), 400, "allows 20")
+    exact = server.http.post(f"{server.base_url}/completions", json={"prompt": [5] * 21})
+    refused(exact, 400, "the prompt has 21 tokens, this server allows 20")
     refused(post(server, COMPLETION | {"max_tokens": 11}, "completions"), 400, "allows 10")
     post(server, COMPLETION, "completions")
     assert server.batching.params[0].max_new_tokens == 10
+
+
+def test_prompts_that_are_far_too_long_are_not_read(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("ringexport.runtime.tokenizer.ModelTokenizer.encode", encode)
+    text = "the cat " * 500_000
+    chat = {"messages": [{"role": "user", "content": text}]}
+    for path, body in (("completions", {"prompt": text}), ("chat/completions", chat)):
+        answer = scripted.http.post(f"{scripted.base_url}/{path}", json=body)
+        error = refused(answer, 400, "tokens or more, this server allows 8,192")
+        assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "Hi." + " " * 10_000}],
+        [{"role": "user", "content": "a"}] * 100,
+    ],
+    ids=["trimmed", "joined"],
+)
+def test_messages_that_a_template_makes_short_are_answered(
+    serve_script: Serve, monkeypatch: pytest.MonkeyPatch, messages: list[dict[str, str]]
+) -> None:
+    server = serve_script(max_prompt_tokens=20)
+    monkeypatch.setattr("ringexport.runtime.session.Engine.chat_prompt", lambda *_, **__: "Hi.")
+    answer = post(server, {"messages": messages})
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_full_queue(scripted: Scripted) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -167,10 +168,17 @@ def test_an_exception_of_the_runner_fails_one_request(
     assert len(set(texts)) == 1
 
 
-def start_command(bundle: Path, *arguments: str) -> tuple["subprocess.Popen[str]", str]:
-    """Start `ringexport serve` and return it with its URL."""
+def start_command(
+    bundle: Path, *arguments: str, open_files: tuple[int, int] | None = None
+) -> tuple["subprocess.Popen[str]", str]:
+    """Start `ringexport serve` and return it with its URL; with soft and hard limits of files."""
+    limit: list[str] = []
+    if open_files is not None:
+        limits = "ulimit -Sn {}; ulimit -Hn {}; ".format(*open_files)
+        limit = ["sh", "-c", limits + 'exec "$@"', "sh"]
+    command = [sys.executable, "-m", "ringexport", "serve", str(bundle), "--port", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ringexport", "serve", str(bundle), "--port", "0", *arguments],
+        [*limit, *command, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -255,6 +263,33 @@ def test_a_second_signal_does_not_wait(nano_bundle: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of files to set there")
+def test_more_connections_than_files(nano_bundle: Path) -> None:
+    process, url = start_command(nano_bundle, open_files=(64, 96))
+    address = (url.removeprefix("http://").partition(":")[0], int(url.rpartition(":")[2]))
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            stack.enter_context(socket.create_connection(address, timeout=5))
+        time.sleep(0.5)
+        late = stack.enter_context(socket.create_connection(address, timeout=5))
+        answer = late.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"too_many_files" in answer
+        time.sleep(2)
+    end = time.monotonic() + 10
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health").status_code == 200:
+                break
+        assert time.monotonic() < end
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.count("too many open files") == 1
+    assert "Traceback" not in said
+    assert len(said) < 2000
+
+
 def test_what_the_command_refuses(call: Call, nano_bundle: Path) -> None:
     assert_refused(call("serve", nano_bundle / "no", "--port", "0"), 3, "no")
     refused = call("serve", nano_bundle, "--api-key", "two words")
@@ -278,6 +313,26 @@ def test_a_port_that_another_server_took_meanwhile(nano: Engine) -> None:
             server = Server(create_app(nano, batching, options), batching, options)
             with pytest.raises(ConfigError, match="address already in use"):
                 server.run(sockets=[mine])
+
+
+@pytest.mark.parametrize("place", ["main", "thread"])
+def test_garbage_of_before_is_not_looked_through_while_it_serves(nano: Engine, place: str) -> None:
+    options = ServeOptions()
+    frozen: list[int] = []
+    with bind("127.0.0.1", 0) as mine, BatchingEngine(nano) as batching:
+        app = create_app(nano, batching, options)
+        server = Server(
+            app, batching, options, on_start=lambda: frozen.append(gc.get_freeze_count())
+        )
+        server.should_exit = True
+        if place == "main":
+            server.run(sockets=[mine])
+        else:
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [mine]})
+            thread.start()
+            thread.join()
+    assert [count > 1000 for count in frozen] == [place == "main"]
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_command_needs_its_packages(

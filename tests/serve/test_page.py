@@ -147,6 +147,28 @@ def test_shift_enter_makes_a_line_and_html_stays_text(page: Page, scripted: Scri
 
 
 @NEEDS_BROWSER
+def test_headings_and_lists(page: Page, scripted: Scripted) -> None:
+    text = "# A **bold** heading\n\n- one\n  * two `- three`\n\nhalf - full, 2 * 3 #4\n"
+    scripted.batching.script = Script(f"</think>{text}```\n# code\n- code\n```")
+    say(page, "Show me")
+    page.wait("document.querySelector('#send').textContent === 'Send' && !running")
+    body = f"document.querySelector('{LAST} > .text')"
+    assert page.evaluate(f"{body}.querySelector('strong').textContent") == "A bold heading"
+    assert page.evaluate(f"{body}.querySelectorAll('strong').length") == 1
+    shown = page.evaluate(f"{body}.textContent")
+    assert (
+        shown == "A bold heading\n\n• one\n  • two - three\n\nhalf - full, 2 * 3 #4# code\n- code"
+    )
+
+
+@NEEDS_BROWSER
+def test_an_answer_without_text_says_so(page: Page, scripted: Scripted) -> None:
+    scripted.batching.script = Script("</think>")
+    say(page, "Say nothing")
+    page.wait(f"document.querySelector('{LAST} .foot')?.textContent === 'no answer · 1 token'")
+
+
+@NEEDS_BROWSER
 def test_the_key_and_errors(tab: Page, serve_script: Serve) -> None:
     server = serve_script(api_key="sesame")
     tab.open(f"{server.url}/")

@@ -139,16 +139,17 @@ def test_a_bug_while_writing_ends_one_stream(
 
 
 @pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("model", ["m\u00f6del", "the text"])
 def test_chunks_that_are_put_together_equal_encoded_ones(
-    scripted: Scripted, include_usage: bool
+    scripted: Scripted, include_usage: bool, model: str
 ) -> None:
     tokenizer = scripted.batching.engine.tokenizer
     text = 'a "b" \\ \u65e5\n\x00\ud83d'
     event = PieceEvent(text=text, token_ids=(1,))
-    completion = CompletionReply(tokenizer, "m\u00f6del", include_usage=include_usage)
+    completion = CompletionReply(tokenizer, model, include_usage=include_usage)
     chat = ChatReply(
         tokenizer,
-        "m\u00f6del",
+        model,
         thinking=False,
         tools=False,
         stream=True,
@@ -162,5 +163,5 @@ def test_chunks_that_are_put_together_equal_encoded_ones(
     ]
     assert found[1]["choices"] == [{"index": 0, "delta": {"content": text}, "finish_reason": None}]
     for chunk, kind in zip(found, ("text_completion", "chat.completion.chunk"), strict=True):
-        assert (chunk["object"], chunk["model"]) == (kind, "m\u00f6del")
+        assert (chunk["object"], chunk["model"]) == (kind, model)
         assert ("usage" in chunk) == include_usage

@@ -8,15 +8,18 @@
 //     }
 //   };
 //
-// The plugin field type follows from the type of the member: a type without an entry below does not compile.
+// The plugin field type, and the values that are taken, follow from the type of the member: a type without an entry
+// below does not compile.
 #pragma once
 
 #include <NvInferRuntime.h>
 
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "contract.h"
@@ -24,17 +27,30 @@
 
 namespace ringplugins {
 
+enum class Flag : int32_t { kOff, kOn };
+
 template <typename T>
 struct FieldTypeOf;
 template <>
 struct FieldTypeOf<int32_t> {
   static constexpr auto kType = nvinfer1::PluginFieldType::kINT32;
   static constexpr bool kReal = false;
+  static constexpr char const* kExpected = "1 or more";
+  static bool takes(int32_t value) { return value >= 1; }
+};
+template <>
+struct FieldTypeOf<Flag> {
+  static constexpr auto kType = nvinfer1::PluginFieldType::kINT32;
+  static constexpr bool kReal = false;
+  static constexpr char const* kExpected = "0 or 1";
+  static bool takes(Flag value) { return value == Flag::kOff || value == Flag::kOn; }
 };
 template <>
 struct FieldTypeOf<float> {
   static constexpr auto kType = nvinfer1::PluginFieldType::kFLOAT32;
   static constexpr bool kReal = true;
+  static constexpr char const* kExpected = "a positive number";
+  static bool takes(float value) { return std::isfinite(value) && value > 0; }
 };
 
 template <typename Struct, typename T>
@@ -126,8 +142,17 @@ bool is_known_field(char const* name) {
   return known;
 }
 
-// Reads all attributes. Missing, unknown and mistyped ones are refused, and so are fields that a library with
-// another ABI has serialized.
+template <typename T>
+void check_value(char const* op, char const* name, T value) {
+  using Number = std::conditional_t<FieldTypeOf<T>::kReal, float, int32_t>;
+  if (!FieldTypeOf<T>::takes(value)) {
+    throw PluginError(std::string(op) + ": attribute " + name + " is " + std::to_string(static_cast<Number>(value)) +
+                      ", expected " + FieldTypeOf<T>::kExpected);
+  }
+}
+
+// Reads all attributes. Missing, unknown and mistyped ones are refused, values out of range too, and fields that a
+// library with another ABI has serialized.
 template <typename Struct>
 Struct parse_fields(char const* op, nvinfer1::PluginFieldCollection const& given, bool is_serialized) {
   for (int32_t i = 0; i < given.nbFields; ++i) {
@@ -154,6 +179,7 @@ Struct parse_fields(char const* op, nvinfer1::PluginFieldCollection const& given
       throw PluginError(std::string(op) + ": attribute " + entry.name + " is missing");
     }
     read_field(op, *found, values.*(entry.member));
+    check_value(op, entry.name, values.*(entry.member));
   };
   std::apply([&](auto const&... entries) { (read(entries), ...); }, Struct::fields());
   return values;

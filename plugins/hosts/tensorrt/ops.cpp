@@ -256,7 +256,7 @@ struct RouterAttributes {
   int32_t top_k;
   int32_t n_group;
   int32_t topk_group;
-  int32_t normalize;
+  Flag normalize;
   float routed_scaling_factor;
 
   static constexpr auto fields() {
@@ -298,7 +298,7 @@ class RouterOp final : public OpWith<RouterOp, RouterAttributes> {
     params.top_k = attributes_.top_k;
     params.n_group = attributes_.n_group;
     params.topk_group = attributes_.topk_group;
-    params.normalize = attributes_.normalize;
+    params.normalize = attributes_.normalize == Flag::kOn;
     params.routed_scaling_factor = attributes_.routed_scaling_factor;
     params.hidden_dtype = kernel_type(call.inputs[0].type);
     return params;

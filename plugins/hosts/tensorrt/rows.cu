@@ -13,7 +13,7 @@ __global__ void append_kernel(AppendParams p) {
   int64_t const row = token / p.max_length;
   int32_t const step = static_cast<int32_t>(token % p.max_length);
   int64_t const place = static_cast<int64_t>(p.position[row]) + step;
-  bool const used = step < p.lengths[row] && place < p.capacity;
+  bool const used = step < p.lengths[row] && place >= 0 && place < p.capacity;
   bool const staged_too = p.token_position != nullptr;
   if (staged_too && threadIdx.x == 0) {
     p.token_position[index] = static_cast<int32_t>(place);

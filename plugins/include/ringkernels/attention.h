@@ -18,7 +18,7 @@ struct AttentionDecodeParams {
   void* value_cache;          // like key_cache
   const float* key_scale;     // [1] or null: real = code * scale, for 8-bit caches
   const float* value_scale;   // [1] or null
-  const int32_t* position;    // [B] tokens already in the cache
+  const int32_t* position;    // [B] tokens already in the cache; outside of 0 to capacity - 1: the row is skipped
   const int32_t* slots;       // [B] or null: row b is slot b; < 0: the row is skipped
   void* output;               // [B, H * K] rows of output_row_stride elements, dtype
   void* workspace;            // workspace_bytes(), zeroed once by the owner, for this op alone
@@ -46,7 +46,7 @@ struct AttentionPrefillParams {
   const void* query;          // [N, H, K] rows of row_stride elements, dtype; normed and rotated
   const void* key_cache;      // [slots, KV, capacity, K] dtype
   const void* value_cache;    // like key_cache
-  const int32_t* position;    // [B] tokens in the cache before the new ones
+  const int32_t* position;    // [B] tokens in the cache before the new ones; < 0: the row is skipped
   const int32_t* slots;       // [B] or null: row b is slot b; < 0: the row is skipped
   const int32_t* starts;      // [B] first token of each row in N, or null: row b starts at b * max_length
   const int32_t* lengths;     // [B] new tokens of each row

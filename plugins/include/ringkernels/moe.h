@@ -6,7 +6,8 @@
 
 namespace ringkernels {
 
-// scores = sigmoid(x W^T); choice by score + bias within the best groups; ties go to the lower id.
+// scores = sigmoid(x W^T); choice by score + bias within the best groups; ties go to the lower id. Every token
+// gets top_k different ids: a NaN is chosen last, and makes the weights of its own token NaN if it is chosen.
 struct RouterParams {
   const void* hidden;          // [N, D]: normed in hidden_dtype, or the residual if norm_weight is not null
   const float* norm_weight;    // [D] or null

@@ -1,5 +1,6 @@
 // The next token of each row, chosen on the GPU so that only ids cross to the host.
-// Filters as in ringexport/runtime/sampling.py: temperature, top-k, top-p, min-p, each on what the one before left.
+// As in ringexport/runtime/sampling.py: repetition penalty, temperature, top-k, top-p, min-p, each on what the one
+// before left.
 #pragma once
 
 #include "ringkernels/types.h"
@@ -10,9 +11,9 @@ namespace ringkernels {
 struct SampleParams {
   const float* logits;       // [N, vocab] rows of row_stride elements
   const float* temperature;  // [N] or null: greedy everywhere; 0: greedy, the lowest id on a tie
-  const int32_t* top_k;      // [N], 0 keeps all; the lower ids on ties
-  const float* top_p;        // [N], 1 keeps all
-  const float* min_p;        // [N], 0 keeps all
+  const int32_t* top_k;      // [N] or null, 0 keeps all; the lower ids on ties
+  const float* top_p;        // [N] or null, 1 keeps all
+  const float* min_p;        // [N] or null, 0 keeps all
   const int64_t* seed;       // [N]
   const int32_t* position;   // [N] counts the row's draws
   int64_t* tokens;           // [N] written
@@ -23,6 +24,11 @@ struct SampleParams {
   int32_t rows;              // N
   int32_t vocab_size;
   int32_t programmatic_launch;
+  // Repetition penalty, beside a temperature only: of tokens that a row has seen it divides positive logits and
+  // multiplies negative ones. The token that is chosen is added to what its row has seen.
+  const float* penalty;      // [N] or null, 1 does nothing
+  uint32_t* seen;            // [slots, ceil(vocab / 32)] a bit for each token, the lowest first
+  const int64_t* seen_slot;  // [N] whose bits are the row's; rows with a penalty have one each
 };
 
 Status validate(const SampleParams& params);

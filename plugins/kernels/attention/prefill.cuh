@@ -45,8 +45,9 @@ __device__ __forceinline__ PrefillTile find_tile(const AttentionPrefillParams& p
   const int tile_tokens = kQueryRows / tile.group;
   tile.slot = p.slots == nullptr ? row : p.slots[row];
   tile.first = (gridDim.x - 1 - blockIdx.x) * tile_tokens;
-  tile.tokens = tile.slot < 0 ? 0 : max(0, min(tile_tokens, p.lengths[row] - tile.first));
   tile.position = p.position[row];
+  const int length = min(p.lengths[row], p.max_length);
+  tile.tokens = tile.slot < 0 || tile.position < 0 ? 0 : max(0, min(tile_tokens, length - tile.first));
   tile.token = (p.starts == nullptr ? (int64_t)row * p.max_length : p.starts[row]) + tile.first;
   return tile;
 }

@@ -14,7 +14,8 @@ __device__ __forceinline__ uint32_t fp8_pair_to_half2(uint32_t pair) {
   const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
   return static_cast<uint32_t>(raw.x) | static_cast<uint32_t>(raw.y) << 16;
 #else
-  // The bits of an FP8 number are those of an fp16 number 2^8 smaller, subnormals too. No code is NaN here.
+  // The bits of an FP8 number are those of an fp16 number 2^8 smaller, subnormals too. NaN becomes 480: a row
+  // with a NaN has a scale that says so, see max_or_nan().
   const uint32_t bytes = __byte_perm(pair, 0, 0x1404);
   const uint32_t small = (bytes & 0x7f007f00u) >> 1 | (bytes & 0x80008000u);
   const __half2 wide = __hmul2(*reinterpret_cast<const __half2*>(&small), __float2half2_rn(256.0f));

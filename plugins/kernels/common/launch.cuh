@@ -16,8 +16,11 @@ struct LaunchShape {
   unsigned cluster = 1;       // blocks per cluster along x (sm_90 and newer)
 };
 
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 inline Status cuda_status(cudaError_t error) {
   if (error == cudaSuccess) return Status{};
+  cudaGetLastError();  // told to the caller here: nobody else who asks the runtime shall find it
   return Status{StatusCode::kLaunchFailed, cudaGetErrorString(error), "a successful launch", (int64_t)error};
 }
 
@@ -42,6 +45,11 @@ Status launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, Args&&
   if (shape.shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shape.shared_bytes);
+    if (error == cudaErrorInvalidValue) {
+      cudaGetLastError();
+      return Status{StatusCode::kUnsupported, "shared memory", "no more bytes than this GPU gives a block",
+                    (int64_t)shape.shared_bytes};
+    }
     if (error != cudaSuccess) return cuda_status(error);
   }
   cudaLaunchAttribute attributes[2];

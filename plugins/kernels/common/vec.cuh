@@ -11,6 +11,10 @@
 
 namespace ringkernels {
 
+constexpr int kOctet = 8;  // neighbouring elements that a thread handles at a time
+
+enum class Format { kFp8, kInt8, kBFloat16, kFloat16 };  // that tensor cores multiply
+
 template <typename T>
 struct DTypeOf;
 template <>
@@ -62,9 +66,17 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+// NaN if either number is. The scale of a row with a NaN is found with it: codes cannot say so.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  for (int offset = 16; offset > 0; offset /= 2)
+    value = max_or_nan(value, __shfl_xor_sync(0xffffffffu, value, offset));
   return value;
 }
 

@@ -1,4 +1,5 @@
-// Warpgroup matrix products of Hopper: wgmma instructions, shared-memory descriptors, barriers between warps.
+// Instructions of Hopper (sm_90a): warpgroup matrix products, shared-memory descriptors, barriers between
+// warps.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,8 @@
 namespace ringkernels {
 namespace warpgroup {
 
+using mma_tile::shared_address;
+
 // A tile of rows of 128 bytes, 16-byte units XORed with the row (128-byte swizzle), at a multiple of 1024
 // bytes. Its descriptor serves both ways of reading: rows of the product along the tile's rows, where `next`
 // is not used, or along its 64 columns, where the next 64 are `next` bytes further.
@@ -24,8 +27,6 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t n
   constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kEightRows | (uint64_t{next >> 4} << 16) | ((address & 0x3FFFF) >> 4);
 }
-
-#if RING_HAS_WGMMA
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
@@ -41,18 +42,81 @@ __device__ __forceinline__ void pin(float (&d)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int kSize>
+__device__ __forceinline__ void pin(int32_t (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
 
-// d [64, N] = a b (+ d): a in registers (RS) or behind a descriptor (SS), b behind a descriptor.
-#define RING_WGMMA_SS_32(type, d, a, b, add)                                                                 \
-  asm volatile(                                                                                              \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                                           \
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                            \
-      " {"                                                                                                   \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                 \
-      "}, %16, %17, p, 1, 1, 0, 0;\n}\n"                                                                     \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),      \
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
-      : "l"(a), "l"(b), "r"(int(add)))
+// ---- products of two tiles in shared memory, 32 bytes of each row
+
+template <Format kFormat>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<Format::kInt8> {
+  using type = int32_t;
+};
+
+#define RING_OUT_8(C) C(d[0]), C(d[1]), C(d[2]), C(d[3])
+#define RING_OUT_16(C, i)                                                                             \
+  C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3]), C(d[i + 4]), C(d[i + 5]), C(d[i + 6]), C(d[i + 7]), \
+      C(d[i + 8]), C(d[i + 9]), C(d[i + 10]), C(d[i + 11]), C(d[i + 12]), C(d[i + 13]), C(d[i + 14]), \
+      C(d[i + 15])
+#define RING_OUT_32(C) RING_OUT_16(C, 0)
+#define RING_OUT_64(C) RING_OUT_16(C, 0), RING_OUT_16(C, 16)
+#define RING_OUT_96(C) RING_OUT_64(C), RING_OUT_16(C, 32)
+#define RING_OUT_128(C) RING_OUT_96(C), RING_OUT_16(C, 48)
+#define RING_OUT_160(C) RING_OUT_128(C), RING_OUT_16(C, 64)
+#define RING_OUT_192(C) RING_OUT_160(C), RING_OUT_16(C, 80)
+#define RING_LIST_8 "%0,%1,%2,%3"
+#define RING_LIST_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define RING_LIST_64 RING_LIST_32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define RING_LIST_96 RING_LIST_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define RING_LIST_128 RING_LIST_96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define RING_LIST_160 RING_LIST_128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define RING_LIST_192 RING_LIST_160 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define RING_FLOATS(x) "+f"(x)
+#define RING_INTS(x) "+r"(x)
+
+// d [64, kColumns] = a [64, 32 bytes] b [kColumns, 32 bytes]^T (+ d if `add` is not 0), a and b behind
+// descriptors.
+template <Format kFormat, int kColumns>
+struct Wgmma;
+
+#define RING_WGMMA(FORMAT, TYPE, C, N, K, TYPES, TAIL, A, B, P)                                         \
+  template <>                                                                                           \
+  struct Wgmma<FORMAT, N> {                                                                             \
+    __device__ __forceinline__ static void run(TYPE (&d)[N / 2], uint64_t a, uint64_t b, int add) {     \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P                                                 \
+                   ", 0;\n"                                                                             \
+                   "wgmma.mma_async.sync.aligned.m64n" #N K TYPES " {" RING_LIST_##N "}, %" #A ", %" #B \
+                                                                                     ", p" TAIL ";}"    \
+                   : RING_OUT_##N(C)                                                                    \
+                   : "l"(a), "l"(b), "r"(add));                                                         \
+    }                                                                                                   \
+  };
+#define RING_WGMMA_ALL(...)                  \
+  RING_WGMMA_N(8, 4, 5, 6, __VA_ARGS__)      \
+  RING_WGMMA_N(32, 16, 17, 18, __VA_ARGS__)  \
+  RING_WGMMA_N(64, 32, 33, 34, __VA_ARGS__)  \
+  RING_WGMMA_N(96, 48, 49, 50, __VA_ARGS__)  \
+  RING_WGMMA_N(128, 64, 65, 66, __VA_ARGS__) \
+  RING_WGMMA_N(160, 80, 81, 82, __VA_ARGS__) \
+  RING_WGMMA_N(192, 96, 97, 98, __VA_ARGS__)
+#define RING_WGMMA_N(N, A, B, P, FORMAT, TYPE, C, K, TYPES, TAIL) \
+  RING_WGMMA(FORMAT, TYPE, C, N, K, TYPES, TAIL, A, B, P)
+
+RING_WGMMA_ALL(Format::kFp8, float, RING_FLOATS, "k32", ".f32.e4m3.e4m3", ", 1, 1")
+RING_WGMMA_ALL(Format::kInt8, int32_t, RING_INTS, "k32", ".s32.s8.s8", "")
+RING_WGMMA_ALL(Format::kBFloat16, float, RING_FLOATS, "k16", ".f32.bf16.bf16", ", 1, 1, 0, 0")
+RING_WGMMA_ALL(Format::kFloat16, float, RING_FLOATS, "k16", ".f32.f16.f16", ", 1, 1, 0, 0")
+
+template <typename T>
+constexpr Format kFormatOf = DTypeOf<T>::value == DType::kBFloat16 ? Format::kBFloat16 : Format::kFloat16;
+
+// ---- products of 16-bit numbers whose left operand is in registers
 
 #define RING_WGMMA_RS_64(type, d, a, b, add, transposed)                                                \
   asm volatile(                                                                                         \
@@ -90,22 +154,11 @@ __device__ __forceinline__ void pin(float (&d)[kSize]) {
         "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(transposed))
 
-template <typename T>
-constexpr bool kIsBf16 = DTypeOf<T>::value == DType::kBFloat16;
-
-// d [64, 32] = a b^T, both with k along their rows.
-template <typename T>
-__device__ __forceinline__ void wgmma_rows_rows(float (&d)[16], uint64_t a, uint64_t b, bool add) {
-  if constexpr (kIsBf16<T>)
-    RING_WGMMA_SS_32("bf16", d, a, b, add);
-  else
-    RING_WGMMA_SS_32("f16", d, a, b, add);
-}
 // d [64, 64] = a b^T, b with k along its rows.
 template <typename T>
 __device__ __forceinline__ void wgmma_registers_rows(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
                                                      bool add) {
-  if constexpr (kIsBf16<T>)
+  if constexpr (kFormatOf<T> == Format::kBFloat16)
     RING_WGMMA_RS_64("bf16", d, a, b, add, 0);
   else
     RING_WGMMA_RS_64("f16", d, a, b, add, 0);
@@ -114,7 +167,7 @@ __device__ __forceinline__ void wgmma_registers_rows(float (&d)[32], const uint3
 template <typename T>
 __device__ __forceinline__ void wgmma_registers_rows(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                                      bool add) {
-  if constexpr (kIsBf16<T>)
+  if constexpr (kFormatOf<T> == Format::kBFloat16)
     RING_WGMMA_RS_128("bf16", d, a, b, add, 0);
   else
     RING_WGMMA_RS_128("f16", d, a, b, add, 0);
@@ -122,21 +175,35 @@ __device__ __forceinline__ void wgmma_registers_rows(float (&d)[64], const uint3
 // d [64, 128] += a b, b with k down its rows.
 template <typename T>
 __device__ __forceinline__ void wgmma_registers_columns(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  if constexpr (kIsBf16<T>)
+  if constexpr (kFormatOf<T> == Format::kBFloat16)
     RING_WGMMA_RS_128("bf16", d, a, b, 1, 1);
   else
     RING_WGMMA_RS_128("f16", d, a, b, 1, 1);
 }
 
+// ---- between warps
+
 // Ordinary writes to shared memory before this are seen by wgmma after the next barrier.
 __device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Barriers in shared memory, by address or by pointer.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  barrier_init(shared_address(barrier), arrivals);
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) { barrier_arrive(shared_address(barrier)); }
+// Arrives and expects bytes of bulk copies.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Two forms of one loop: with the other's, ptxas makes longer code of the kernels that use either.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -144,6 +211,30 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "@!done bra again;\n}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
+// Barrier `id` among `threads` threads of the block.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // A ring of kStages tiles in shared memory: one warpgroup fills it, others use it. full, empty: kStages
@@ -180,21 +271,6 @@ struct TileRing {
     if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * (tile % kStages));
   }
 };
-
-// Barrier `id` among `threads` threads of the block.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-#endif  // RING_HAS_WGMMA
 
 }  // namespace warpgroup
 }  // namespace ringkernels

@@ -9,7 +9,6 @@ namespace ringkernels {
 namespace {
 
 constexpr int kEmbedThreads = 128;
-constexpr int kOctet = 8;
 
 // grid: (octets of a row / threads, rows of a launch); each thread has one octet of every gridDim.y-th row.
 template <typename T>
@@ -61,7 +60,7 @@ Status launch(const EmbedParams& params, Stream stream) {
   if (params.rows == 0) return Status{};
   constexpr int kMaxGridRows = 4096;
   LaunchShape shape;
-  shape.grid = dim3((params.columns / kOctet + kEmbedThreads - 1) / kEmbedThreads,
+  shape.grid = dim3(ceil_div(params.columns / kOctet, kEmbedThreads),
                     params.rows < kMaxGridRows ? params.rows : kMaxGridRows);
   shape.block = dim3(kEmbedThreads);
   shape.stream = stream;

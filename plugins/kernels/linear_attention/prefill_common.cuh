@@ -43,7 +43,8 @@ struct Row {
 __device__ __forceinline__ Row locate_row(const LinearAttentionPrefillParams& params, int row) {
   Row found;
   found.slot = params.slots == nullptr ? row : params.slots[row];
-  found.length = found.slot < 0 ? 0 : params.lengths[row];
+  // The grid and the workspace are those of max_length.
+  found.length = found.slot < 0 ? 0 : min(params.lengths[row], params.max_length);
   found.first = params.starts == nullptr ? (int64_t)row * params.max_length : params.starts[row];
   return found;
 }

@@ -185,7 +185,7 @@ __device__ __forceinline__ void start_scores(float (&s)[16], uint32_t tile) {
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     const uint32_t offset = k / 4 * kHalfBytes + k % 4 * 32;
-    wgmma_rows_rows<T>(s, tile_descriptor(tile + offset), tile_descriptor(keys + offset), k > 0);
+    Wgmma<kFormatOf<T>, 32>::run(s, tile_descriptor(tile + offset), tile_descriptor(keys + offset), k > 0);
   }
 }
 

@@ -239,14 +239,14 @@ __device__ __forceinline__ float dynamic_scale(float absmax) {
 __device__ __forceinline__ float half_warp_max(float value) {
 #pragma unroll
   for (int offset = 8; offset > 0; offset /= 2)
-    value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
+    value = max_or_nan(value, __shfl_xor_sync(kFullWarp, value, offset));
   return value;
 }
 
 __device__ __forceinline__ float absmax8(const float (&x)[8]) {
   float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  for (int i = 0; i < 8; ++i) largest = max_or_nan(largest, fabsf(x[i]));
   return largest;
 }
 
@@ -337,11 +337,11 @@ __device__ __forceinline__ void stage_intermediate(const float* source, int colu
     if (static_scale != nullptr) {
       row_scale = *static_scale;
     } else {
-      float largest = fmaxf(absmax8(kept[0]), absmax8(kept[1]));
+      float largest = max_or_nan(absmax8(kept[0]), absmax8(kept[1]));
       for (int k = kKept * 256 + lane * 8; k < columns; k += 256) {
         float x[8];
         load8(source + k, x);
-        largest = fmaxf(largest, absmax8(x));
+        largest = max_or_nan(largest, absmax8(x));
       }
       row_scale = dynamic_scale<Format>(warp_max(largest));
     }

@@ -17,7 +17,7 @@ __device__ __forceinline__ float block_reduce(float value, float* scratch) {
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
   float all = scratch[0];
-  for (unsigned w = 1; w < blockDim.x / 32; ++w) all = kMax ? fmaxf(all, scratch[w]) : all + scratch[w];
+  for (unsigned w = 1; w < blockDim.x / 32; ++w) all = kMax ? max_or_nan(all, scratch[w]) : all + scratch[w];
   return all;
 }
 
@@ -64,7 +64,7 @@ __device__ __forceinline__ void stage_hidden(const ExpertsParams& p, int token, 
     for (int k = first + stride; k < p.hidden_size; k += stride) {
       float y[8];
       load_again(k, y);
-      largest = fmaxf(largest, absmax8(y));
+      largest = max_or_nan(largest, absmax8(y));
     }
     scale = dynamic_scale<Format>(block_reduce<true>(largest, sums + kMaxStageThreads / 32));
   }
@@ -76,7 +76,7 @@ __device__ __forceinline__ void stage_hidden(const ExpertsParams& p, int token, 
         float largest = absmax8(values);
 #pragma unroll
         for (int offset = 8; offset > 0; offset /= 2) {
-          largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, offset));
+          largest = max_or_nan(largest, __shfl_xor_sync(lanes, largest, offset));
         }
         scale = dynamic_scale<Format>(largest);
       }

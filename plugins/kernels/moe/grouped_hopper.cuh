@@ -5,10 +5,12 @@
 // the transposition of the output (second product).
 #pragma once
 
-#include "moe/grouped_hopper_ptx.cuh"
+#include "common/bulk_copy.cuh"
 #include "moe/grouped_plan.cuh"
 
 namespace ringkernels::grouped {
+
+using namespace warpgroup;
 
 constexpr int kStages = 5;
 constexpr int kConsumers = 2;  // warpgroups of 64 weight rows each
@@ -108,6 +110,13 @@ __device__ __forceinline__ float2 row_scales(const Product& product, const Side&
                      other < side.weight_rows ? scales[other] : 0.0f);
 }
 
+// Transpose an 8 x 8 matrix of 16-bit numbers that lies over a warp as the accumulators do.
+__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 __device__ __forceinline__ float swiglu(float gate, float up) {
   return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
@@ -181,10 +190,10 @@ __device__ __forceinline__ void consume_tile(HopperShared& shared, const Product
   for (int step = 0; step < sum_steps; ++step) {
     barrier_wait(&shared.full[pipe.stage], pipe.phase);
     const uint64_t a =
-        operand_descriptor(shared_address(shared.weights[pipe.stage]) + place.warpgroup * 64 * kSumBytes);
-    const uint64_t b = operand_descriptor(shared_address(shared.tokens[pipe.stage]));
+        tile_descriptor(shared_address(shared.weights[pipe.stage]) + place.warpgroup * 64 * kSumBytes);
+    const uint64_t b = tile_descriptor(shared_address(shared.tokens[pipe.stage]));
     pin(sums);
-    wgmma_begin();
+    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k)  // 32 bytes of each row
       Wgmma<kFormat, kColumns>::run(sums, a + 2 * k, b + 2 * k, kPromote ? k > 0 : 1);

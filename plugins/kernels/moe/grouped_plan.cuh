@@ -54,8 +54,6 @@ struct TileIndex {
   int columns;  // its tokens
 };
 
-__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 // tiles, rows: of Product, wherever the caller holds them. index < tiles[num_groups].
 __device__ __forceinline__ TileIndex find_tile(const Product& product, const int32_t* tiles, int index) {
   int low = 0, high = product.num_groups;
@@ -84,8 +82,6 @@ __device__ __forceinline__ TileIndex find_tile(const Product& product, const int
   tile.columns = min(even, count - token_tile * even);
   return tile;
 }
-
-enum class Format { kFp8, kInt8, kBFloat16, kFloat16 };
 
 template <Format kFormat, bool kBlockScale>
 Status launch_hopper(const Product& product, bool swiglu, int64_t max_rows, int multiprocessors,

@@ -166,14 +166,14 @@ constexpr int kPermuteThreads = 128;
 constexpr int kMaxTopK = 32;
 
 __device__ __forceinline__ float scale_of(float absmax, bool int8) {
-  return absmax > 0.0f ? absmax / number_range(int8 ? DType::kInt8 : DType::kFp8E4M3) : 1.1920929e-7f;
+  return absmax == 0.0f ? 1.1920929e-7f : absmax / number_range(int8 ? DType::kInt8 : DType::kFp8E4M3);
 }
 
 template <typename T, int kCount>
 __device__ __forceinline__ float absmax_of(const Vec<T, kCount>& values) {
   float absmax = 0.0f;
 #pragma unroll
-  for (const T& value : values.data) absmax = fmaxf(absmax, fabsf(to_float(value)));
+  for (const T& value : values.data) absmax = max_or_nan(absmax, fabsf(to_float(value)));
   return absmax;
 }
 
@@ -234,12 +234,12 @@ __global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const PermuteP
     float absmax = 0.0f;
     if constexpr (!kCopy)
       for (int vector = threadIdx.x; vector < vectors; vector += kPermuteThreads)
-        absmax = fmaxf(absmax, absmax_of(Vec<Source, 16>::load(from + vector * 16)));
+        absmax = max_or_nan(absmax, absmax_of(Vec<Source, 16>::load(from + vector * 16)));
     absmax = warp_max(absmax);
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = absmax;
     __syncthreads();
 #pragma unroll
-    for (float other : maxima) absmax = fmaxf(absmax, other);
+    for (float other : maxima) absmax = max_or_nan(absmax, other);
     scale = scale_of(absmax, p.format.int8);
   } else {
     __syncthreads();
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const PermuteP
         float absmax = absmax_of(values);
 #pragma unroll
         for (int offset = 1; offset < 8; offset *= 2)
-          absmax = fmaxf(absmax, __shfl_xor_sync(0xffu << (threadIdx.x % 32 / 8 * 8), absmax, offset));
+          absmax = max_or_nan(absmax, __shfl_xor_sync(0xffu << (threadIdx.x % 32 / 8 * 8), absmax, offset));
         scale = scale_of(absmax, p.format.int8);
       }
       const Vec<uint32_t, 4> words = quantized(values, scale, p.format.int8);
@@ -318,9 +318,9 @@ __global__ void __launch_bounds__(256) quantize_rows_kernel(const QuantizeRowsPa
       if (dynamic && !p.format.block_scale && base == 0) {
         float absmax = 0.0f;
 #pragma unroll
-        for (const auto& held : values) absmax = fmaxf(absmax, absmax_of(held));
+        for (const auto& held : values) absmax = max_or_nan(absmax, absmax_of(held));
         for (int vector = lane + 32 * kHeld; vector < vectors; vector += 32)
-          absmax = fmaxf(absmax, absmax_of(Vec<Source, 8>::load(from + vector * 8)));
+          absmax = max_or_nan(absmax, absmax_of(Vec<Source, 8>::load(from + vector * 8)));
         scale = scale_of(warp_max(absmax), p.format.int8);
       }
 #pragma unroll
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(256) quantize_rows_kernel(const QuantizeRowsPa
           float absmax = absmax_of(values[i]);
 #pragma unroll
           for (int offset = 1; offset < 16; offset *= 2)
-            absmax = fmaxf(absmax, __shfl_xor_sync(0xffffffffu, absmax, offset));
+            absmax = max_or_nan(absmax, __shfl_xor_sync(0xffffffffu, absmax, offset));
           scale = scale_of(absmax, p.format.int8);
         }
         if (vector >= vectors) continue;

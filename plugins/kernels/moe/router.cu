@@ -32,18 +32,21 @@ RouterParts plan_parts(const RouterParams& p) {
   return parts;
 }
 
+template <typename Hidden, int kTokens, int kRowsPerBlock>
+Status launch_few(const RouterParams& p, LaunchShape shape) {
+  shape.grid = dim3((p.num_experts + kRowsPerBlock - 1) / kRowsPerBlock + p.tokens);
+  return ranks_serve(p) ? launch_kernel(router_few_kernel<Hidden, kTokens, kRowsPerBlock, true>, shape, p)
+                        : launch_kernel(router_few_kernel<Hidden, kTokens, kRowsPerBlock, false>, shape, p);
+}
+
 template <typename Hidden>
 Status launch_router(const RouterParams& p, Stream stream) {
   LaunchShape shape;
   shape.block = dim3(kRouterThreads);
   shape.stream = stream;
   shape.programmatic = p.programmatic_launch != 0;
-  if (p.tokens <= kRouterFewTokens) {
-    const int rows = p.tokens == 1 ? 4 : 2;
-    shape.grid = dim3((p.num_experts + rows - 1) / rows);
-    return p.tokens == 1 ? launch_kernel(router_few_kernel<Hidden, 1, 4>, shape, p)
-                         : launch_kernel(router_few_kernel<Hidden, kRouterFewTokens, 2>, shape, p);
-  }
+  if (p.tokens == 1) return launch_few<Hidden, 1, 2>(p, shape);
+  if (p.tokens <= kRouterFewTokens) return launch_few<Hidden, kRouterFewTokens, 4>(p, shape);
   const RouterParts parts = plan_parts(p);
   shape.grid = dim3((p.tokens + kTileTokens - 1) / kTileTokens, parts.splits,
                     (p.num_experts + kTileExperts - 1) / kTileExperts);
@@ -51,7 +54,8 @@ Status launch_router(const RouterParams& p, Stream stream) {
   RING_RETURN_IF_ERROR(launch_kernel(router_product_kernel<Hidden>, shape, p, parts));
   shape.grid = dim3(p.tokens);
   shape.shared_bytes = 0;
-  return launch_kernel(router_choice_kernel, shape, p, parts);
+  return ranks_serve(p) ? launch_kernel(router_choice_kernel<true>, shape, p, parts)
+                        : launch_kernel(router_choice_kernel<false>, shape, p, parts);
 }
 
 }  // namespace

@@ -1,17 +1,22 @@
-// Router kernels. Few tokens: one kernel, every block has four experts, or two for several tokens, the first
-// blocks then choose. Many tokens: a tiled fp32 product split over k, and a kernel that adds the parts and
-// chooses.
+// Router kernels. Few tokens: one kernel, of blocks that compute the logits of two experts each, or of four
+// for several tokens, and a block per token that chooses. Many tokens: a tiled fp32 product split over k, and
+// a kernel that adds the parts and chooses.
 #pragma once
+
+#include <type_traits>
 
 #include "common/launch.cuh"
 #include "moe/choose_experts.cuh"
 
 namespace ringkernels::moe {
 
-// Tokens that the one-kernel router takes. The first blocks wait for all others, so few may wait.
+// Tokens that the one-kernel router takes: a block each waits for all others, so few may wait.
 constexpr int kRouterFewTokens = 8;
 constexpr int kRowVectors = 2;  // float4 of a row per thread that are fetched ahead: rows of up to 2048
 constexpr int kRouterWarps = kRouterThreads / 32;
+
+template <bool kByRank>
+using Scratch = std::conditional_t<kByRank, RankScratch, ChoiceScratch>;
 
 // 4 elements of the hidden state as fp32.
 template <typename Hidden>
@@ -86,91 +91,112 @@ struct RowParts {
   }
 };
 
-// grid: experts / kRowsPerBlock. Workspace: [N, E] words. kBatch tokens at a time. Every block sends its
-// logits without the factor of the norm, which the block that chooses computes by itself. Measured on the
-// H200: 4 experts a block are the fastest for one token (fewer mean more readers of its hidden state, more a
-// longer reduction), 2 and all tokens at once for up to 8.
-template <typename Hidden, int kBatch, int kRowsPerBlock>
-__global__ void __launch_bounds__(kRouterThreads)
-    router_few_kernel(const __grid_constant__ RouterParams p) {
-  __shared__ ChoiceScratch scratch;
-  __shared__ float partial[kRouterFewTokens][kRouterWarps]
-                          [kRowsPerBlock + 1];  // dot products, sum of squares
+// A thread's part of a token: as RowParts.
+template <typename Hidden>
+__device__ __forceinline__ void load_token(const RouterParams& p, int token, int base,
+                                           float4 (&x)[kRowVectors]) {
+#pragma unroll
+  for (int i = 0; i < kRowVectors; ++i) {
+    const int v = base + i * kRouterThreads + (int)threadIdx.x;
+    x[i] = v < p.hidden_size / 4 ? load_hidden4<Hidden>(p.hidden, (int64_t)token * p.hidden_size + v * 4)
+                                 : float4{};
+  }
+}
+
+// Posts the dot products of all tokens with the experts of this block, without the factor of the norm.
+template <typename Hidden, int kTokens, int kRowsPerBlock>
+__device__ __forceinline__ void post_logits(const RouterParams& p) {
+  constexpr int kValues = kTokens * kRowsPerBlock, kLanes = 32 / kValues;  // lanes that have the same sum
+  static_assert(kValues <= 32);
+  __shared__ float partial[kValues][kRouterWarps];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int vectors = p.hidden_size / 4;
-  const bool ranks = ranks_serve(p), norm = p.norm_weight != nullptr;
-  if (ranks) clear_ranks(p, scratch);
   RowParts<kRowsPerBlock> rows;
   rows.load(p, 0);
-  float bias = 0.0f;
-  if (ranks && (int)blockIdx.x < p.tokens && thread < p.num_experts) bias = __ldg(p.expert_bias + thread);
   wait_for_previous_kernel();
   allow_next_kernel();
-  for (int first = 0; first < p.tokens; first += kBatch) {
-    float dot[kBatch * kRowsPerBlock] = {}, squares[kBatch] = {};
-    for (int base = 0; base < vectors; base += kRowVectors * kRouterThreads) {
-      float4 x[kBatch][kRowVectors];
+  float dot[kValues] = {};
+  for (int base = 0; base < p.hidden_size / 4; base += kRowVectors * kRouterThreads) {
+    float4 x[kTokens][kRowVectors];
 #pragma unroll
-      for (int t = 0; t < kBatch; ++t) {
-        const int64_t start = (int64_t)min(first + t, p.tokens - 1) * p.hidden_size;
+    for (int t = 0; t < kTokens; ++t) load_token<Hidden>(p, min(t, p.tokens - 1), base, x[t]);
+    if (base > 0) rows.load(p, base);
 #pragma unroll
-        for (int i = 0; i < kRowVectors; ++i) {
-          const int v = base + i * kRouterThreads + thread;
-          x[t][i] = v < vectors ? load_hidden4<Hidden>(p.hidden, start + v * 4) : float4{};
-        }
-      }
-      if (base > 0 || (first > 0 && vectors > kRowVectors * kRouterThreads)) rows.load(p, base);
+    for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-      for (int t = 0; t < kBatch; ++t) {
+      for (int i = 0; i < kRowVectors; ++i) {
+        const float4 scaled = times4(x[t][i], rows.norm[i]);
 #pragma unroll
-        for (int i = 0; i < kRowVectors; ++i) {
-          squares[t] = dot4(x[t][i], x[t][i], squares[t]);
-          const float4 scaled = norm ? times4(x[t][i], rows.norm[i]) : x[t][i];
-#pragma unroll
-          for (int r = 0; r < kRowsPerBlock; ++r)
-            dot[t * kRowsPerBlock + r] = dot4(scaled, rows.weight[r][i], dot[t * kRowsPerBlock + r]);
-        }
-      }
-    }
-    constexpr int kValues = kBatch * kRowsPerBlock, kLanes = 32 / kValues;  // lanes that have the same sum
-    const float sum = fold_warp<kValues / 2, 16>(dot);
-    const int value = lane / kLanes;
-    if (lane % kLanes == 0 && first + value / kRowsPerBlock < p.tokens)
-      partial[first + value / kRowsPerBlock][warp][value % kRowsPerBlock] = sum;
-#pragma unroll
-    for (int t = 0; t < kBatch; ++t) {
-      if (first + t >= p.tokens) break;
-      if (norm && (first + t == (int)blockIdx.x || first + t >= (int)gridDim.x)) {
-        const float all = warp_sum(squares[t]);
-        if (lane == 0) partial[first + t][warp][kRowsPerBlock] = all;
+        for (int r = 0; r < kRowsPerBlock; ++r)
+          dot[t * kRowsPerBlock + r] = dot4(scaled, rows.weight[r][i], dot[t * kRowsPerBlock + r]);
       }
     }
   }
+  const float sum = fold_warp<kValues / 2, 16>(dot);
+  if (lane % kLanes == 0) partial[lane / kLanes][warp] = sum;
   __syncthreads();
-  auto* words = static_cast<unsigned long long*>(p.workspace);
-  auto sum_of = [&](int token, int value) {
-    float sum = 0.0f;
+  if (thread >= kValues) return;
+  const int token = thread / kRowsPerBlock, expert = blockIdx.x * kRowsPerBlock + thread % kRowsPerBlock;
+  float logit = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kRouterWarps; ++w) sum += partial[token][w][value];
-    return sum;
-  };
-  static_assert(kRowsPerBlock * kRouterFewTokens <= kRouterThreads);
-  if (thread < kRowsPerBlock * p.tokens) {
-    const int token = thread / kRowsPerBlock, expert = blockIdx.x * kRowsPerBlock + thread % kRowsPerBlock;
-    if (expert < p.num_experts)
-      post_logit(words + (int64_t)token * p.num_experts + expert, sum_of(token, thread % kRowsPerBlock));
+  for (int w = 0; w < kRouterWarps; ++w) logit += partial[thread][w];
+  auto* words = static_cast<unsigned long long*>(p.workspace);
+  if (token < p.tokens && expert < p.num_experts)
+    post_logit(words + (int64_t)token * p.num_experts + expert, logit);
+}
+
+// The factor of a token's norm, by a whole block.
+template <typename Hidden>
+__device__ __forceinline__ float norm_factor(const RouterParams& p, int token) {
+  __shared__ float squares[kRouterWarps];
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int base = 0; base < p.hidden_size / 4; base += kRowVectors * kRouterThreads) {
+    float4 x[kRowVectors];
+    load_token<Hidden>(p, token, base, x);
+#pragma unroll
+    for (int i = 0; i < kRowVectors; ++i) sum = dot4(x[i], x[i], sum);
   }
-  // Any grid has at least one block, and blocks that wait are the first: the others can always run.
-  for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-    const float factor = norm ? rsqrtf(sum_of(token, kRowsPerBlock) / p.hidden_size + p.norm_eps) : 1.0f;
-    unsigned long long* slots = words + (int64_t)token * p.num_experts;
-    if (ranks) {
-      const float logit = thread < p.num_experts ? await_logit(slots + thread) * factor : 0.0f;
-      choose_by_rank(p, token, scratch, bias, logit);
-    } else {
-      choose_experts(p, token, scratch, [&](int e) { return await_logit(slots + e) * factor; });
-    }
-    __syncthreads();
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kRouterWarps; ++w) sum += squares[w];
+  return rsqrtf(sum / p.hidden_size + p.norm_eps);
+}
+
+// Awaits the dot products of a token and chooses its experts.
+template <typename Hidden, bool kByRank>
+__device__ __forceinline__ void choose_posted(const RouterParams& p, int token) {
+  __shared__ Scratch<kByRank> scratch;
+  const int thread = threadIdx.x;
+  auto* words = static_cast<unsigned long long*>(p.workspace) + (int64_t)token * p.num_experts;
+  float bias = 0.0f;
+  if constexpr (kByRank) {
+    clear_ranks(p, scratch);
+    if (thread < p.num_experts) bias = __ldg(p.expert_bias + thread);
+  }
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const float factor = p.norm_weight != nullptr ? norm_factor<Hidden>(p, token) : 1.0f;
+  if constexpr (kByRank) {
+    const float logit = thread < p.num_experts ? await_logit(words + thread) * factor : 0.0f;
+    choose_by_rank(p, token, scratch, bias, logit);
+  } else {
+    choose_experts(p, token, scratch, [&](int e) { return await_logit(words + e) * factor; });
+  }
+}
+
+// grid: num_experts / kRowsPerBlock, then a block per token that waits for the others: it comes last, so that
+// they can always run. Workspace: [N, E] words. kTokens: 1 or kRouterFewTokens.
+template <typename Hidden, int kTokens, int kRowsPerBlock, bool kByRank>
+__global__ void __launch_bounds__(kRouterThreads)
+    router_few_kernel(const __grid_constant__ RouterParams p) {
+  const int products = gridDim.x - p.tokens;
+  if ((int)blockIdx.x < products) {
+    post_logits<Hidden, kTokens, kRowsPerBlock>(p);
+  } else {
+    choose_posted<Hidden, kByRank>(p, blockIdx.x - products);
   }
 }
 
@@ -330,13 +356,16 @@ __global__ void __launch_bounds__(kRouterThreads, 2)
 }
 
 // grid: tokens.
+template <bool kByRank>
 __global__ void __launch_bounds__(kRouterThreads)
     router_choice_kernel(const __grid_constant__ RouterParams p, const __grid_constant__ RouterParts parts) {
-  __shared__ ChoiceScratch scratch;
-  const int token = blockIdx.x;
-  const bool ranks = ranks_serve(p);
-  if (ranks) clear_ranks(p, scratch);
-  const float bias = ranks && (int)threadIdx.x < p.num_experts ? __ldg(p.expert_bias + threadIdx.x) : 0.0f;
+  __shared__ Scratch<kByRank> scratch;
+  const int token = blockIdx.x, thread = threadIdx.x;
+  float bias = 0.0f;
+  if constexpr (kByRank) {
+    clear_ranks(p, scratch);
+    if (thread < p.num_experts) bias = __ldg(p.expert_bias + thread);
+  }
   wait_for_previous_kernel();
   allow_next_kernel();
   float factor = 1.0f;
@@ -353,8 +382,8 @@ __global__ void __launch_bounds__(kRouterThreads)
     }
     return sum * factor;
   };
-  if (ranks) {
-    choose_by_rank(p, token, scratch, bias, (int)threadIdx.x < p.num_experts ? logit(threadIdx.x) : 0.0f);
+  if constexpr (kByRank) {
+    choose_by_rank(p, token, scratch, bias, thread < p.num_experts ? logit(thread) : 0.0f);
   } else {
     choose_experts(p, token, scratch, logit);
   }

@@ -9,7 +9,6 @@
 
 namespace ringkernels {
 
-constexpr int kOctet = 8;           // elements that one thread handles at a time
 constexpr int kMaxNormGroups = 32;  // one lane of a warp per group
 constexpr int kScaleBlock = 128;    // elements that share a scale in ScaleKind::kBlock128
 
@@ -101,7 +100,8 @@ class Divider {
   float inverse_;
 };
 
-// The dynamic scale of a tile whose largest magnitude is given; a tile of zeros gets any positive number.
+// The dynamic scale of a tile whose largest magnitude is given; a tile of zeros gets any positive number, one
+// with a NaN gets NaN.
 __device__ __forceinline__ float dynamic_scale(float largest, DType dtype) {
   const float scale = largest / number_range(dtype);
   return scale == 0.0f ? FLT_EPSILON : scale;
@@ -130,7 +130,7 @@ __device__ __forceinline__ uint2 quantize_octet(const float (&x)[kOctet], float 
 __device__ __forceinline__ float largest_of(const float (&x)[kOctet]) {
   float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  for (int i = 0; i < kOctet; ++i) largest = max_or_nan(largest, fabsf(x[i]));
   return largest;
 }
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ float largest_of(const float (&x)[kOctet]) {
 __device__ __forceinline__ float block_max(float value) {
 #pragma unroll
   for (int offset = 8; offset > 0; offset /= 2)
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    value = max_or_nan(value, __shfl_xor_sync(0xffffffffu, value, offset));
   return value;
 }
 
@@ -172,7 +172,7 @@ __device__ __forceinline__ void leave_partial(float2* partials, const RowLayout&
                                               bool inside, float2 value) {
   for (int offset = layout.width / 2; offset > 0; offset /= 2) {
     value.x += __shfl_xor_sync(0xffffffffu, value.x, offset);
-    value.y = fmaxf(value.y, __shfl_xor_sync(0xffffffffu, value.y, offset));
+    value.y = max_or_nan(value.y, __shfl_xor_sync(0xffffffffu, value.y, offset));
   }
   if (inside && octet % layout.width == 0) partials[octet / layout.width] = value;
 }
@@ -200,7 +200,7 @@ __device__ __forceinline__ RowStats gather_row(const float2* partials, const Row
     for (int i = first; i < count; i += stride) {
       const float2 partial = partials[i];
       sum.x += partial.x;
-      sum.y = fmaxf(sum.y, partial.y);
+      sum.y = max_or_nan(sum.y, partial.y);
     }
   }
   if (alone) sum.x = warp_sum(sum.x);

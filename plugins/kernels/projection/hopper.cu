@@ -7,8 +7,6 @@ namespace ringkernels {
 namespace hopper_projection {
 namespace {
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 Plan make_plan(const ProjectionParams& params, int multiprocessors) {
   Plan plan = {};
   plan.tokens = params.m <= 8 ? 8 : params.m <= 32 ? 32 : 64;

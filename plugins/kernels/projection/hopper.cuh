@@ -7,25 +7,15 @@
 
 #include <type_traits>
 
+#include "common/bulk_copy.cuh"
 #include "common/launch.cuh"
-#include "moe/grouped_hopper_ptx.cuh"
 #include "projection/hopper.h"
 #include "projection/output.cuh"
 #include "projection/tensor_map.h"
 
-// Eight tokens at once, beside the widths of the grouped products.
-namespace ringkernels::grouped {
-#define RING_OUT_8(C) C(d[0]), C(d[1]), C(d[2]), C(d[3])
-#define RING_LIST_8 "%0,%1,%2,%3"
-RING_WGMMA_N(8, 4, 5, 6, Format::kFp8, float, RING_FLOATS, "k32", ".f32.e4m3.e4m3", ", 1, 1")
-RING_WGMMA_N(8, 4, 5, 6, Format::kInt8, int32_t, RING_INTS, "k32", ".s32.s8.s8", "")
-RING_WGMMA_N(8, 4, 5, 6, Format::kBFloat16, float, RING_FLOATS, "k16", ".f32.bf16.bf16", ", 1, 1, 0, 0")
-RING_WGMMA_N(8, 4, 5, 6, Format::kFloat16, float, RING_FLOATS, "k16", ".f32.f16.f16", ", 1, 1, 0, 0")
-}  // namespace ringkernels::grouped
-
 namespace ringkernels::hopper_projection {
 
-using grouped::Format;
+using namespace warpgroup;
 
 constexpr int kRows = 64;       // of a tile
 constexpr int kConsumers = 128;
@@ -93,7 +83,7 @@ class Producer {
     int stage = 0;
     uint32_t phase = 0;
     for (int i = early_; i < part_.count; ++i) {
-      grouped::barrier_wait(&shared_.empty[stage], phase);
+      barrier_wait(&shared_.empty[stage], phase);
       weights(i, stage);
       tokens(i, stage);
       if (++stage == S::kStages) stage = 0, phase ^= 1;
@@ -102,13 +92,12 @@ class Producer {
 
  private:
   __device__ __forceinline__ void weights(int i, int stage) {
-    grouped::barrier_expect(&shared_.full[stage], S::kWeightBytes + S::kTokenBytes);
-    grouped::copy_2d(shared_.weights[stage], &maps_.weights, &shared_.full[stage],
-                     (part_.first + i) * kSumBytes, part_.tile * kRows);
+    barrier_expect(&shared_.full[stage], S::kWeightBytes + S::kTokenBytes);
+    copy_2d(shared_.weights[stage], &maps_.weights, &shared_.full[stage], (part_.first + i) * kSumBytes,
+            part_.tile * kRows);
   }
   __device__ __forceinline__ void tokens(int i, int stage) {
-    grouped::copy_2d(shared_.tokens[stage], &maps_.tokens, &shared_.full[stage],
-                     (part_.first + i) * kSumBytes, 0);
+    copy_2d(shared_.tokens[stage], &maps_.tokens, &shared_.full[stage], (part_.first + i) * kSumBytes, 0);
   }
 
   S& shared_;
@@ -128,29 +117,29 @@ struct Ring {
 template <Format kFormat, int kTokens, typename Sum>
 __device__ __forceinline__ void multiply(Shared<kTokens>& shared, Ring& ring, bool fresh,
                                          Sum (&sums)[kTokens / 2]) {
-  grouped::barrier_wait(&shared.full[ring.stage], ring.phase);
-  const uint64_t a = grouped::operand_descriptor(grouped::shared_address(shared.weights[ring.stage]));
-  const uint64_t b = grouped::operand_descriptor(grouped::shared_address(shared.tokens[ring.stage]));
-  grouped::wgmma_begin();
+  barrier_wait(&shared.full[ring.stage], ring.phase);
+  const uint64_t a = tile_descriptor(shared_address(shared.weights[ring.stage]));
+  const uint64_t b = tile_descriptor(shared_address(shared.tokens[ring.stage]));
+  wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSumBytes / 32; ++k)
-    grouped::Wgmma<kFormat, kTokens>::run(sums, a + 2 * k, b + 2 * k, k > 0 || !fresh);
-  grouped::wgmma_commit();
+    Wgmma<kFormat, kTokens>::run(sums, a + 2 * k, b + 2 * k, k > 0 || !fresh);
+  wgmma_commit();
   if (++ring.stage == Shared<kTokens>::kStages) ring.stage = 0, ring.phase ^= 1;
 }
 
 template <int kTokens>
 __device__ __forceinline__ void release(Shared<kTokens>& shared, Ring& ring) {
-  if (threadIdx.x % 32 == 0) grouped::barrier_arrive(&shared.empty[ring.released]);
+  if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[ring.released]);
   if (++ring.released == Shared<kTokens>::kStages) ring.released = 0;
 }
 
 __device__ __forceinline__ void wait_products(int in_flight) {  // a constant after unrolling
   switch (in_flight) {
-    case 0: grouped::wgmma_wait<0>(); break;
-    case 1: grouped::wgmma_wait<1>(); break;
-    case 2: grouped::wgmma_wait<2>(); break;
-    default: grouped::wgmma_wait<3>(); break;
+    case 0: wgmma_wait<0>(); break;
+    case 1: wgmma_wait<1>(); break;
+    case 2: wgmma_wait<2>(); break;
+    default: wgmma_wait<3>(); break;
   }
 }
 
@@ -161,13 +150,13 @@ __device__ __forceinline__ void multiply_group(Shared<kTokens>& shared, Ring& ri
   float sums[kGroup][kTokens / 2];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
-    grouped::pin(sums[i]);
+    pin(sums[i]);
     multiply<kFormat, kTokens>(shared, ring, true, sums[i]);
   }
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
     wait_products(kGroup - 1 - i);
-    grouped::pin(sums[i]);
+    pin(sums[i]);
     release(shared, ring);
 #pragma unroll
     for (int e = 0; e < kTokens / 2; ++e) total[e] += sums[i][e];
@@ -177,7 +166,7 @@ __device__ __forceinline__ void multiply_group(Shared<kTokens>& shared, Ring& ri
 // The sums of a block: element i of a thread as wgmma leaves it.
 template <Format kFormat, int kTokens>
 __device__ __forceinline__ void consume(Shared<kTokens>& shared, int count,
-                                        typename grouped::Accumulator<kFormat>::type (&total)[kTokens / 2]) {
+                                        typename Accumulator<kFormat>::type (&total)[kTokens / 2]) {
   Ring ring;
 #pragma unroll
   for (auto& value : total) value = 0;
@@ -189,15 +178,15 @@ __device__ __forceinline__ void consume(Shared<kTokens>& shared, int count,
       multiply_group<kFormat, kTokens, kGroup>(shared, ring, total);
     for (; step < count; ++step) multiply_group<kFormat, kTokens, 1>(shared, ring, total);
   } else {
-    grouped::pin(total);
+    pin(total);
     for (int step = 0; step < count; ++step) {
       multiply<kFormat, kTokens>(shared, ring, false, total);
       if (step == 0) continue;
-      grouped::wgmma_wait<1>();
+      wgmma_wait<1>();
       release(shared, ring);
     }
-    grouped::wgmma_wait<0>();
-    grouped::pin(total);
+    wgmma_wait<0>();
+    pin(total);
   }
 }
 
@@ -273,7 +262,7 @@ __device__ __forceinline__ void finish(const ProjectionParams& p, const Plan& pl
     const Sum* own = sums + token * Shared<kTokens>::kPadded + within;
     if (plan.split == 1) add(total, *reinterpret_cast<const uint4*>(own));
     for (int i = 0; plan.split > 1 && i < plan.split; ++i)
-      add(total, load_remote(grouped::shared_address(own), i));
+      add(total, load_remote(shared_address(own), i));
     float4 factor = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
     if (kQuantized) {
       const float scale = shared.token_scale[token];
@@ -306,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     hopper_projection_kernel(const __grid_constant__ Maps maps, const __grid_constant__ ProjectionParams p,
                              const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Sum = typename grouped::Accumulator<kFormat>::type;
+  using Sum = typename Accumulator<kFormat>::type;
   using S = Shared<kTokens>;
   extern __shared__ uint8_t shared_memory[];
   S& shared = *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(shared_memory) + 1023) & ~uintptr_t{1023});
@@ -315,12 +304,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   Producer<kTokens> producer(shared, maps, part);
   if (threadIdx.x == kConsumers) {
     for (int stage = 0; stage < S::kStages; ++stage) {
-      grouped::barrier_init(&shared.full[stage], 1);
-      grouped::barrier_init(&shared.empty[stage], kConsumers / 32);
+      barrier_init(&shared.full[stage], 1);
+      barrier_init(&shared.empty[stage], kConsumers / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     producer.ask_early();
-    grouped::prefetch_map(&maps.tokens);
+    prefetch_map(&maps.tokens);
   }
   if (kQuantized && threadIdx.x < kRows) {
     const int row = min(part.tile * kRows + (int)threadIdx.x, p.n - 1);

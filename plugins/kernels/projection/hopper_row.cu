@@ -7,8 +7,6 @@ namespace ringkernels {
 namespace hopper_projection {
 namespace {
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 RowLayout layout_of(const ProjectionParams& params) {
   return RowLayout::of(params.k, params.prologue == Prologue::kGroupNormGate ? params.num_norm_groups : 1);
 }
@@ -58,6 +56,8 @@ Status launch_hopper_row(const ProjectionParams& params, int multiprocessors, St
   RING_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device)));
   RING_RETURN_IF_ERROR(cuda_status(shared_bytes_per_block(device, &shared_limit)));
   const RowPlan plan = make_row_plan(params, multiprocessors, (size_t)shared_limit);
+  RING_REQUIRE(plan.shared_bytes <= (size_t)shared_limit, kUnsupported, "k",
+               "an input that fits in shared memory", params.k);
   CUtensorMap map;
   const int64_t row_bytes = params.k * (int64_t)size_of(params.weight_dtype);
   RING_RETURN_IF_ERROR(encode_map(&map, params.weight, params.n, row_bytes, row_bytes, plan.rows));

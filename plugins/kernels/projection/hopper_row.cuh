@@ -183,10 +183,9 @@ __device__ __forceinline__ void ask_weights(RowShared& shared, uint8_t* ring, co
   int asked = 0;
   for (int tile = blockIdx.x; tile < plan.tiles; tile += plan.blocks) {
     for (int step = 0; step < plan.steps; ++step) {
-      if (asked++ >= plan.stages) grouped::barrier_wait(&shared.empty[at.stage], at.phase ^ 1);
-      grouped::barrier_expect(&shared.full[at.stage], bytes);
-      grouped::copy_2d(ring + at.stage * bytes, &map, &shared.full[at.stage], step * kSumBytes,
-                       tile * plan.rows);
+      if (asked++ >= plan.stages) barrier_wait(&shared.empty[at.stage], at.phase ^ 1);
+      barrier_expect(&shared.full[at.stage], bytes);
+      copy_2d(ring + at.stage * bytes, &map, &shared.full[at.stage], step * kSumBytes, tile * plan.rows);
       at.move(1, plan.stages);
     }
   }
@@ -195,7 +194,7 @@ __device__ __forceinline__ void ask_weights(RowShared& shared, uint8_t* ring, co
 // The products of a warpgroup: every other step of a tile.
 template <Format kFormat>
 struct RowProducts {
-  using Sum = typename grouped::Accumulator<kFormat>::type;
+  using Sum = typename Accumulator<kFormat>::type;
 
   RowShared& shared;
   const RowPlan& plan;
@@ -211,25 +210,25 @@ struct RowProducts {
     RowCursor used = where;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      grouped::pin(sums[i]);
-      grouped::barrier_wait(&shared.full[where.stage], where.phase);
-      a[i] = grouped::operand_descriptor(ring + where.stage * plan.rows * kSumBytes);
+      pin(sums[i]);
+      barrier_wait(&shared.full[where.stage], where.phase);
+      a[i] = tile_descriptor(ring + where.stage * plan.rows * kSumBytes);
       where.move(2, plan.stages);
     }
     constexpr uint64_t kTwoSteps = 2 * kColumnsBytes >> 4;  // in a descriptor
-    const uint64_t b = grouped::operand_descriptor(columns + step * kColumnsBytes);
-    grouped::wgmma_begin();
+    const uint64_t b = tile_descriptor(columns + step * kColumnsBytes);
+    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSumBytes / 32; ++k)
 #pragma unroll
       for (int i = 0; i < kGroup; ++i)
-        grouped::Wgmma<kFormat, 8>::run(sums[i], a[i] + 2 * k, b + i * kTwoSteps + 2 * k, k > 0);
-    grouped::wgmma_commit();
-    grouped::wgmma_wait<0>();
+        Wgmma<kFormat, 8>::run(sums[i], a[i] + 2 * k, b + i * kTwoSteps + 2 * k, k > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      grouped::pin(sums[i]);
-      if (threadIdx.x % 32 == 0) grouped::barrier_arrive(&shared.empty[used.stage]);
+      pin(sums[i]);
+      if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[used.stage]);
       used.move(2, plan.stages);
 #pragma unroll
       for (int e = 0; e < 4; ++e) total[e] += sums[i][e];
@@ -280,6 +279,10 @@ struct RowResults {
   }
 };
 
+// All threads, which come from two places: __syncthreads() would ask them to come from one.
+__device__ __forceinline__ void meet_all() { asm volatile("bar.sync 2, 288;" ::: "memory"); }
+static_assert(kRowThreads == 288);
+
 // grid: plan.blocks. The first warpgroup adds the sums of the second to its own.
 template <Format kFormat, Prologue kPrologue, int kHeld>
 __global__ void __launch_bounds__(kRowThreads, 1)
@@ -287,24 +290,24 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                       const __grid_constant__ RowPlan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Stager = RowStager<kFormat, kPrologue, kHeld>;
-  using Sum = typename grouped::Accumulator<kFormat>::type;
+  using Sum = typename Accumulator<kFormat>::type;
   extern __shared__ uint8_t shared_memory[];
-  uint8_t* columns = shared_memory + ((1024 - (grouped::shared_address(shared_memory) & 1023)) & 1023);
+  uint8_t* columns = shared_memory + ((1024 - (shared_address(shared_memory) & 1023)) & 1023);
   uint8_t* ring = columns + plan.steps * kColumnsBytes;
   RowShared& shared = *reinterpret_cast<RowShared*>(ring + ring_bytes(plan));
   if (threadIdx.x >= kStagers) {
     for (int stage = threadIdx.x % 32; stage < plan.stages; stage += 32) {
-      grouped::barrier_init(&shared.full[stage], 1);
-      grouped::barrier_init(&shared.empty[stage], 4);  // warps of the group that reads it
+      barrier_init(&shared.full[stage], 1);
+      barrier_init(&shared.empty[stage], 4);  // warps of the group that reads it
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncthreads();
+    meet_all();
     if (threadIdx.x == kStagers) ask_weights(shared, ring, map, plan);
     return;
   }
   Stager stager(p, plan);
   RowResults results(p, plan, blockIdx.x, Stager::kQuantized);
-  __syncthreads();  // the barriers are there
+  meet_all();  // the barriers are there
   wait_for_previous_kernel();
   allow_next_kernel();
   stager.load();
@@ -312,7 +315,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const float scale = stager.store(shared, columns);
   const int group = threadIdx.x / 128;
   RowProducts<kFormat> products{
-      shared, plan, grouped::shared_address(ring), grouped::shared_address(columns), {}};
+      shared, plan, shared_address(ring), shared_address(columns), {}};
   products.at.move(group, plan.stages);
   int turn = 0;
   for (int tile = blockIdx.x; tile < plan.tiles; tile += plan.blocks, turn ^= 1) {

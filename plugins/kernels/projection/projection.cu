@@ -13,8 +13,6 @@ constexpr int kMaxTokens = kMaxSmallRows;
 
 bool is_half(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 int min(int a, int b) { return a < b ? a : b; }
 
 int round_up(int a, int b) { return ceil_div(a, b) * b; }

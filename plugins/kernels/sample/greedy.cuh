@@ -8,9 +8,10 @@
 
 namespace ringkernels {
 
-// Orders floats as unsigned integers do; NaN comes out above everything, so that it is not overlooked.
+// Orders floats as unsigned integers do; NaN comes out above everything, so that it is not overlooked. The sum makes
+// one number of both zeros, and of all NaN the positive one.
 __device__ __forceinline__ uint32_t ordered_bits(float value) {
-  const uint32_t bits = __float_as_uint(value);
+  const uint32_t bits = __float_as_uint(value + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
@@ -23,20 +24,29 @@ __device__ __forceinline__ uint64_t packed_choice(float value, uint32_t id) {
   return static_cast<uint64_t>(ordered_bits(value)) << 32 | (0xffffffffu - id);
 }
 
-__device__ __forceinline__ uint64_t block_max(uint64_t best, uint64_t* shared) {
+constexpr int kGreedyThreads = 512;
+constexpr int kGreedyWarps = kGreedyThreads / 32;
+
+template <int kLanes>
+__device__ __forceinline__ uint64_t warp_max(uint64_t best) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     const uint64_t other = __shfl_xor_sync(0xffffffffu, best, offset);
     best = other > best ? other : best;
   }
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = best;
-  __syncthreads();
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) best = shared[warp] > best ? shared[warp] : best;
-  __syncthreads();
   return best;
 }
 
-constexpr int kGreedyThreads = 512;
+// Of all threads of a block. For few rows a kernel takes as long as its instructions do, so that what is called more
+// than once is not inlined, and loops are not unrolled where that gains nothing.
+__device__ __noinline__ uint64_t block_max(uint64_t best, uint64_t* shared) {
+  best = warp_max<32>(best);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = best;
+  __syncthreads();
+  best = warp_max<kGreedyWarps>(shared[threadIdx.x % kGreedyWarps]);
+  __syncthreads();
+  return best;
+}
 
 struct GreedyWorkspace {
   uint64_t* partial;  // [rows, blocks]

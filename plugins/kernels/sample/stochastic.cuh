@@ -1,167 +1,176 @@
-// One block draws the token of one row. Thresholds are found digit by digit in histograms of integers (counts,
-// and probabilities in fixed point), and the draw is an argmax over Gumbel noise: every sum is exact, so that the
-// result does not depend on the order in which threads arrive.
+// A draw takes two or three kernels, in each of which several blocks share a row: the largest logit, sums over bins
+// if there is a top-k or top-p, and the race. The last block of a row to finish its part of the race compares the
+// tokens near the thresholds and combines.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include "sample/greedy.cuh"
+#include "sample/digits.cuh"
 
 namespace ringkernels {
 
-constexpr int kSampleThreads = 1024;
-
-// Philox-4x32-10 (Salmon et al., 2011): a number for every (seed, position, token) without any state.
-__device__ __forceinline__ float uniform_number(uint64_t seed, uint32_t position, uint32_t token) {
-  uint32_t counter[4] = {token, position, 0, 0};
-  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t first = 0xD2511F53ull * counter[0], second = 0xCD9E8D57ull * counter[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(second >> 32) ^ counter[1] ^ key[0], static_cast<uint32_t>(second),
-                              static_cast<uint32_t>(first >> 32) ^ counter[3] ^ key[1], static_cast<uint32_t>(first)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) counter[i] = next[i];
-    key[0] += 0x9E3779B9u;
-    key[1] += 0xBB67AE85u;
-  }
-  return (static_cast<float>(counter[0] >> 8) + 0.5f) * 0x1p-24f;  // inside (0, 1)
-}
-
-// The tokens that filters have left: those above a value, and of those at the value the ids below a limit.
-struct Kept {
-  uint32_t bits = 0;
-  uint32_t id_limit = 0xffffffffu;
-
-  __device__ bool operator()(uint32_t ordered, uint32_t id) const {
-    return ordered > bits || (ordered == bits && id < id_limit);
-  }
-};
-
-struct Row {
-  const float* logits;
-  int vocab_size;
-  float largest;
-  float temperature;
-};
-
-// What a token of some logit adds to a histogram.
-struct Count {
-  __device__ unsigned long long operator()(float) const { return 1; }
-};
-struct Probability {  // relative to the most likely token, in fixed point
-  float largest;
-  float temperature;
-
-  __device__ unsigned long long operator()(float logit) const {
-    return static_cast<unsigned long long>(expf((logit - largest) / temperature) * 0x1p32f);
-  }
-};
-
-// Finds, from the most significant digit down, the largest key at which the amounts of all keys >= it reach
-// `wanted`; what is above that key is returned in `above`. key_of(id, &key) says whether a token takes part.
-template <typename KeyOf, typename Amount>
-__device__ uint32_t find_key(const Row& row, uint64_t wanted, unsigned long long* histogram, uint64_t* above,
-                             KeyOf key_of, Amount amount) {
-  __shared__ uint32_t chosen;
-  __shared__ uint64_t passed;
-  uint32_t prefix = 0;
-  *above = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < 256; i += kSampleThreads) histogram[i] = 0;
-    __syncthreads();
-    for (int id = threadIdx.x; id < row.vocab_size; id += kSampleThreads) {
-      uint32_t key;
-      if (!key_of(id, &key)) continue;
-      if (shift < 24 && (key >> (shift + 8)) != (prefix >> (shift + 8))) continue;
-      atomicAdd(histogram + (key >> shift & 255), amount(row.logits[id]));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      uint64_t sum = *above;
-      int digit = 255;
-      for (; digit > 0 && sum + histogram[digit] < wanted; --digit) sum += histogram[digit];
-      chosen = digit;
-      passed = sum;
-    }
-    __syncthreads();
-    prefix |= chosen << shift;
-    *above = passed;
-    __syncthreads();
-  }
-  return prefix;
-}
-
-// Cuts `kept` down to the tokens at or above the key where amounts reach `wanted`, the lower ids among equals.
-template <typename Amount>
-__device__ Kept cut(const Row& row, const Kept& kept, uint64_t wanted, unsigned long long* histogram, Amount amount) {
-  uint64_t above;
-  const auto value_key = [&](int id, uint32_t* key) {
-    *key = ordered_bits(row.logits[id]);
-    return kept(*key, id);
-  };
-  const uint32_t bits = find_key(row, wanted, histogram, &above, value_key, amount);
-  const uint64_t each = max(amount(from_ordered_bits(bits)), 1ull);
-  const uint64_t needed = (wanted - above + each - 1) / each;
-  const auto id_key = [&](int id, uint32_t* key) {
-    *key = 0xffffffffu - id;
-    return ordered_bits(row.logits[id]) == bits && kept(bits, id);
-  };
-  const uint32_t lowest = find_key(row, needed, histogram, &above, id_key, Count{});
-  return Kept{bits, 0xffffffffu - lowest + 1};
-}
-
-// Applies top-k, then top-p to what it leaves.
-__device__ Kept filtered(const Row& row, int top_k, float top_p, unsigned long long* histogram) {
-  Kept kept;
-  if (top_k > 0 && top_k < row.vocab_size) kept = cut(row, kept, top_k, histogram, Count{});
-  if (top_p >= 1) return kept;
-  const Probability probability{row.largest, row.temperature};
-  unsigned long long mine = 0;
-  for (int id = threadIdx.x; id < row.vocab_size; id += kSampleThreads) {
-    if (kept(ordered_bits(row.logits[id]), id)) mine += probability(row.logits[id]);
-  }
-  if (threadIdx.x == 0) histogram[0] = 0;
-  __syncthreads();
-  atomicAdd(histogram, mine);
-  __syncthreads();
-  const double total = static_cast<double>(histogram[0]);
-  __syncthreads();
-  const unsigned long long wanted = max(1ull, static_cast<unsigned long long>(ceil(top_p * total)));
-  return cut(row, kept, wanted, histogram, probability);
-}
-
-__global__ void __launch_bounds__(kSampleThreads) stochastic_kernel(const __grid_constant__ SampleParams params) {
-  __shared__ unsigned long long histogram[256];
+__global__ void __launch_bounds__(kSampleThreads, kSampleBlocksPerSm)
+measure_kernel(const __grid_constant__ SampleParams params, const __grid_constant__ SampleWorkspace workspace) {
   __shared__ uint64_t shared[kSampleThreads / 32];
   if (params.programmatic_launch) wait_for_previous_kernel();
   allow_next_kernel();
-  const int index = blockIdx.x;
-  Row row{params.logits + index * params.row_stride, params.vocab_size, 0.0f, params.temperature[index]};
-  uint64_t best = 0;
-  for (int id = threadIdx.x; id < row.vocab_size; id += kSampleThreads) {
-    const uint64_t choice = packed_choice(row.logits[id], id);
-    best = choice > best ? choice : best;
-  }
-  best = block_max(best, shared);
-  if (row.temperature > 0) {
-    row.largest = from_ordered_bits(static_cast<uint32_t>(best >> 32));
-    const Kept kept = filtered(row, params.top_k[index], params.top_p[index], histogram);
-    const float least = params.min_p[index];
-    best = 0;
-    for (int id = threadIdx.x; id < row.vocab_size; id += kSampleThreads) {
-      const float value = row.logits[id];
-      const float scaled = (value - row.largest) / row.temperature;
-      if (!kept(ordered_bits(value), id) || expf(scaled) < least) continue;
-      const float uniform = uniform_number(params.seed[index], params.position[index], id);
-      const uint64_t choice = packed_choice(scaled - logf(-logf(uniform)), id);
-      best = choice > best ? choice : best;
+  const int index = blockIdx.y;
+  const Row row = row_of(params, index);
+  uint32_t bits = 0, id = 0;
+  float least = INFINITY;
+  Walk<2>(row, part_of_block(row.vocab_size)).run(row, [&](int first, const float (&logits)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t ordered = ordered_bits(logits[i]);
+      if (ordered > bits) bits = ordered, id = first + i;
+      if (isfinite(logits[i])) least = fminf(least, logits[i]);
     }
-    best = block_max(best, shared);
+  });
+  const uint64_t best = block_max(static_cast<uint64_t>(bits) << 32 | (0xffffffffu - id), shared);
+  const uint64_t negative = block_max(ordered_bits(-least), shared);
+  if (threadIdx.x == 0) workspace.extremes[index * gridDim.x + blockIdx.x] = {best, negative};
+  if (workspace.counts == nullptr) return;
+  for (int bin = blockIdx.x * kSampleThreads + threadIdx.x; bin < kBins; bin += gridDim.x * kSampleThreads) {
+    workspace.counts[index * kBins + bin] = 0;
+    workspace.weights[index * kBins + bin] = 0;
   }
-  if (threadIdx.x > 0) return;
-  params.tokens[index] = 0xffffffffu - static_cast<uint32_t>(best);
+  if (blockIdx.x == 0 && threadIdx.x == 0) workspace.listed[index] = 0;
+}
+
+// Adds up counts and weights of the tokens in each bin.
+__global__ void __launch_bounds__(kSampleThreads, kSampleBlocksPerSm)
+histogram_kernel(const __grid_constant__ SampleParams params, const __grid_constant__ SampleWorkspace workspace) {
+  __shared__ RowState state;
+  // Shared memory adds 32 bits at a time; a block has at most 65,535 tokens (blocks_per_row), so that sums of 16
+  // bits of their weights fit.
+  __shared__ uint32_t counts[kBins], high[kBins], low[kBins];
+  if (params.programmatic_launch) wait_for_previous_kernel();
+  allow_next_kernel();
+  const int index = blockIdx.y;
+  Row row = row_of(params, index);
+  Walk<1> walk(row, part_of_block(row.vocab_size));
+  for (int bin = threadIdx.x; bin < kBins; bin += kSampleThreads) counts[bin] = high[bin] = low[bin] = 0;
+  open_row(params, workspace.extremes + index * gridDim.x, index, row, state);
+  const RowSettings& settings = state.settings;
+  if (!state.draws() || !settings.filters()) return;
+  const bool by_count = settings.top_k > 0, by_weight = settings.top_p < 1;
+  walk.run(row, [&](int, const float (&logits)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!row.in_range(logits[i])) continue;
+      const int bin = row.bin_of(logits[i]);
+      if (by_count) atomicAdd(counts + bin, 1u);
+      if (!by_weight) continue;
+      const float scaled = row.weight(logits[i]) * 65536.0f;  // of fixed_weight(), without 64-bit integers
+      const auto whole = static_cast<uint32_t>(scaled);
+      atomicAdd(high + bin, whole);
+      atomicAdd(low + bin, static_cast<uint32_t>((scaled - static_cast<float>(whole)) * 65536.0f));
+    }
+  });
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < kBins; bin += kSampleThreads) {
+    const unsigned long long weight = (static_cast<unsigned long long>(high[bin]) << 16) + low[bin];
+    if (counts[bin] > 0) atomicAdd(workspace.counts + index * kBins + bin, counts[bin]);
+    if (weight > 0) atomicAdd(workspace.weights + index * kBins + bin, weight);
+  }
+}
+
+// Lets the tokens of a block race that are kept for sure, and lists those near the thresholds.
+__device__ __forceinline__ void race_part(Walk<1>& walk, const Row& row, const RowSettings& settings, const Cut& cut,
+                                          unsigned long long* list, uint32_t* listed, Race& race) {
+  const int cut_first = cut.first, cut_last = cut.last, count_bin = cut.count_bin;
+  const float min_p = settings.min_p;
+  const uint64_t seed = settings.seed;
+  const uint32_t position = settings.position;
+  walk.run(row, [&](int first, const float (&logits)[4]) {
+    float weights[4];
+    bool any = false;
+    unsigned near = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float own = row.weight(logits[i]);
+      bool kept = row.in_range(logits[i]);
+      if (cut_first < kBins && kept) {
+        const int bin = row.bin_of(logits[i]);
+        kept = bin < cut_first;
+        near |= static_cast<unsigned>(!kept && (bin <= cut_last || bin == count_bin)) << i;
+      }
+      kept &= own >= min_p;
+      weights[i] = kept ? own : 0.0f;
+      any |= kept;
+    }
+    if (near != 0) {
+      uint32_t place = atomicAdd(listed, static_cast<uint32_t>(__popc(near)));
+#pragma unroll 1
+      for (int i = 0; i < 4; ++i) {
+        if ((near >> i & 1) == 0 || place >= kMaxListed) continue;
+        list[place++] = packed_choice(select(logits, i), first + i);
+      }
+    }
+    if (any) race.enter_group(first, weights, random_bits(seed, position, first / 4));
+    race.share_bound();
+  });
+}
+
+// Writes the token of a row; one thread calls it, when nobody reads the row's inputs any more.
+__device__ __forceinline__ void choose_token(const SampleParams& params, const Row& row, int index, uint64_t best) {
+  const uint32_t token = 0xffffffffu - static_cast<uint32_t>(best);
+  params.tokens[index] = token;
+  if (row.seen != nullptr) row.seen[token / 32] |= 1u << (token % 32);
   if (params.next_position != nullptr) ++params.next_position[index];
+}
+
+__global__ void __launch_bounds__(kSampleThreads, kSampleBlocksPerSm)
+draw_kernel(const __grid_constant__ SampleParams params, const __grid_constant__ SampleWorkspace workspace) {
+  __shared__ uint64_t shared[kSampleThreads / 32];
+  __shared__ unsigned long long list[kMaxListed];
+  __shared__ RowState state;
+  __shared__ Cut cut;
+  __shared__ bool last;
+  if (params.programmatic_launch) wait_for_previous_kernel();
+  allow_next_kernel();
+  const int index = blockIdx.y;
+  Row row = row_of(params, index);
+  Walk<1> walk(row, part_of_block(row.vocab_size));
+  open_row(params, workspace.extremes + index * gridDim.x, index, row, state);
+  if (!state.draws()) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) choose_token(params, row, index, state.best);
+    return;
+  }
+  const RowSettings& settings = state.settings;
+  if (settings.filters()) {
+    find_cut(settings, workspace.counts + index * kBins, workspace.weights + index * kBins, shared, cut);
+  } else {
+    if (threadIdx.x == 0) cut = keep_all(0);
+    __syncthreads();
+  }
+  unsigned long long* near = workspace.list + static_cast<int64_t>(index) * kMaxListed;
+  Race race;
+  race_part(walk, row, settings, cut, near, workspace.listed + index, race);
+  uint64_t best = block_max(race.best, shared);
+  if (threadIdx.x == 0) {
+    workspace.drawn[index * gridDim.x + blockIdx.x] = best;
+    __threadfence();
+    last = atomicAdd(workspace.arrived + index, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+#pragma unroll 1
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kSampleThreads) {
+    race.best = max(race.best, __ldcg(workspace.drawn + index * gridDim.x + block));
+  }
+  const uint32_t count = settings.filters() ? __ldcg(workspace.listed + index) : 0;
+  if (count > kMaxListed) {
+    race.best = race_by_digits(row, settings, list, shared, race);
+  } else if (count > 0) {
+    for (int i = threadIdx.x; i < static_cast<int>(count); i += kSampleThreads) {
+      list[i] = __ldcg(near + i);
+    }
+    race_listed(row, settings, cut, list, count, shared, race);
+  }
+  best = block_max(race.best, shared);
+  if (threadIdx.x > 0) return;
+  workspace.arrived[index] = 0;
+  choose_token(params, row, index, best);
 }
 
 }  // namespace ringkernels

@@ -50,16 +50,23 @@ class TrtLimits:
     """Largest sizes of the two profiles of an engine, from the manifest.
 
     Attributes:
-        context_length: tokens that a row can hold.
-        decode_rows: rows of a decode step.
-        prefill_rows, prefill_new_tokens, prefill_logits: of one prefill call.
+        context_length: tokens that a row of the model can hold.
+        decode_rows, decode_cache_tokens: rows of a decode step, and tokens that they can hold.
+        prefill_rows, prefill_new_tokens, prefill_logits, prefill_cache_tokens: of one prefill call.
     """
 
     context_length: int
     decode_rows: int
+    decode_cache_tokens: int
     prefill_rows: int
     prefill_new_tokens: int
     prefill_logits: int
+    prefill_cache_tokens: int
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that a row can hold in this engine."""
+        return min(self.context_length, self.decode_cache_tokens, self.prefill_cache_tokens)
 
 
 def check_engine(directory: Path, target: EngineTarget, architecture: int | None) -> PluginLibrary:
@@ -71,11 +78,11 @@ def check_engine(directory: Path, target: EngineTarget, architecture: int | None
         architecture: of the GPU in this machine, None without one.
 
     Raises:
-        BackendUnavailableError: no GPU, or one that the engine is not for.
+        BackendUnavailableError: no GPU, or one that the engine or the plugins are not for.
         BundleError: the engine is truncated or has no weights, or its layer table is damaged.
         VersionError: the plugin library is of another version.
     """
-    if architecture not in target.architectures:
+    if architecture is None or architecture not in target.architectures:
         here = "no NVIDIA GPU" if architecture is None else f"a GPU of sm_{architecture}"
         raise BackendUnavailableError(
             f"the engine is for {target.name}, and this machine has {here}",
@@ -97,6 +104,12 @@ def check_engine(directory: Path, target: EngineTarget, architecture: int | None
         )
     library = PluginLibrary.read(directory / PLUGIN_LIBRARY_FILE)
     library.check()
+    if library.lacks([architecture]):
+        raise BackendUnavailableError(
+            f"the plugin library {library.path} has no kernels for sm_{architecture}, only for:"
+            f" {library.kernels}",
+            hint="compile the plugins for this GPU, and build the bundle again",
+        )
     return library
 
 
@@ -133,12 +146,15 @@ def open_engine(
     """
     target = _parsed(name)
     library = check_engine(directory, target, device_architecture())
+    known = [field.name for field in fields(TrtLimits)]
+    unusable = [key for key in known if limits.get(key, 0) < 1]
+    if unusable:
+        raise BundleError(
+            f"the manifest has no usable limit {unusable[0]} for {name}",
+            hint="build the bundle again",
+        )
     tensorrt = open_tensorrt(FLAVORS[target.flavor])
     library.load(tensorrt)
-    known = [field.name for field in fields(TrtLimits)]
-    missing = [key for key in known if key not in limits]
-    if missing:
-        raise BundleError(f"the manifest has no limit {missing[0]} for {name}")
     return TrtRunner(
         directory,
         tensorrt=tensorrt,
@@ -203,7 +219,7 @@ class TrtRunner(BaseRunner[TrtState]):
         spec = RunnerSpec(
             name=name,
             vocab_size=vocab_size,
-            context_length=limits.context_length,
+            context_length=limits.row_tokens,
             layout=layout,
             max_batch=limits.decode_rows,
             prefill_chunk=limits.prefill_new_tokens,

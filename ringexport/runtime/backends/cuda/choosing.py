@@ -6,6 +6,7 @@ seen if its repetition penalty asks for them. A step without changes is a graph 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,11 @@ from ringexport.runtime.backends.cuda.network import Network
 from ringexport.runtime.backends.cuda.transfers import sent, uploaded
 from ringexport.runtime.choosing import ChosenTokens, TokenChoice
 from ringexport.runtime.runner import Logits
+from ringexport.runtime.sampling import SamplingParams
 
 __all__ = ["DeviceChooser", "DeviceTokens"]
 
+_WORD = 32  # ids whose marks share an integer
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -55,8 +58,6 @@ class _Rows:
         choices: of each row; None for one that chooses nothing.
         slot_index: [B] int64 on the GPU.
         parameters: fields of the sample kernel; None if all rows are greedy.
-        penalized: [P] int64, rows with a repetition penalty; None without any.
-        penalties: [P, 1] fp32.
         reported: rows whose logits the host wants.
     """
 
@@ -64,8 +65,6 @@ class _Rows:
     choices: tuple[TokenChoice | None, ...]
     slot_index: Tensor
     parameters: dict[str, Tensor] | None
-    penalized: Tensor | None
-    penalties: Tensor | None
     reported: tuple[int, ...]
 
 
@@ -166,60 +165,52 @@ class DeviceChooser:
         """Upload what the rows of a step need besides their logits."""
         device, chosen = self._device, [choice for choice in choices if choice is not None]
         slot_index = uploaded(slots, device)
-        parameters, penalized, penalties = None, None, None
+        parameters = None
         if not all(choice.is_greedy for choice in chosen):
             parameters = self._parameters(choices)
-        found = [
-            row
-            for row, choice in enumerate(choices)
-            if choice is not None and choice.params.repetition_penalty != 1
-        ]
-        if found:
-            values = [
-                one.params.repetition_penalty for row in found if (one := choices[row]) is not None
-            ]
-            penalized = uploaded(found, device)
-            penalties = uploaded(values, device, np.float32)[:, None]
         reported = tuple(
             row for row, choice in enumerate(choices) if choice is not None and choice.wants_logits
         )
-        return _Rows(slots, choices, slot_index, parameters, penalized, penalties, reported)
+        return _Rows(slots, choices, slot_index, parameters, reported)
 
     def _parameters(self, choices: Sequence[TokenChoice | None]) -> dict[str, Tensor]:
-        """Return the fields of the sample kernel; a row without a choice is greedy."""
-        vocabulary = self._network.config.vocab_size
-        floats = np.zeros((3, len(choices)), dtype=np.float32)
-        top_k = np.zeros(len(choices), dtype=np.int32)
-        seed = np.zeros(len(choices), dtype=np.int64)
-        floats[1] = 1.0
-        for row, choice in enumerate(choices):
-            if choice is None:
-                continue
-            params = choice.params
-            if params.temperature > 0:
-                floats[0, row] = min(max(params.temperature, _SMALLEST), _LARGEST)
-            floats[1, row], floats[2, row] = params.top_p, params.min_p
-            top_k[row] = min(params.top_k, vocabulary)
-            seed[row] = choice.seed
-        on_device = uploaded(floats, self._device, np.float32)
-        return {
-            "temperature": on_device[0],
-            "top_p": on_device[1],
-            "min_p": on_device[2],
-            "top_k": uploaded(top_k, self._device, np.int32),
-            "seed": uploaded(seed, self._device),
+        """Return the fields of the sample kernel; a row without a choice is greedy.
+
+        Filters and penalties that no row has are left out, and cost nothing.
+        """
+        neutral = SamplingParams()
+        params = [neutral if choice is None else choice.params for choice in choices]
+        heat = [
+            min(max(p.temperature, _SMALLEST), _LARGEST) if p.temperature else 0 for p in params
+        ]
+        fields: dict[str, tuple[Sequence[float], type[Any]]] = {
+            "temperature": (heat, np.float32),
+            "seed": ([0 if choice is None else choice.seed for choice in choices], np.int64),
         }
+        vocabulary = self._network.config.vocab_size
+        if any(p.top_k for p in params):
+            fields["top_k"] = ([min(p.top_k, vocabulary) for p in params], np.int32)
+        if any(p.top_p < 1 for p in params):
+            fields["top_p"] = ([p.top_p for p in params], np.float32)
+        if any(p.min_p for p in params):
+            fields["min_p"] = ([p.min_p for p in params], np.float32)
+        if any(p.repetition_penalty != 1 for p in params):
+            fields["penalty"] = ([p.repetition_penalty for p in params], np.float32)
+        return {name: uploaded(one, self._device, kind) for name, (one, kind) in fields.items()}
 
     def _mark_history(self, rows: _Rows) -> None:
         """Remember which ids penalized rows have seen before their first token."""
         for slot, choice in zip(rows.slots, rows.choices, strict=True):
             if choice is None or choice.params.repetition_penalty == 1:
                 continue
+            words = -(-self._network.config.vocab_size // _WORD)
             if self._seen is None:
-                shape = (self._slots, self._network.config.vocab_size)
-                self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
-            seen = uploaded(sorted({*choice.seen}), self._device)
-            self._seen[slot].zero_().index_fill_(0, seen, True)
+                shape = (self._slots, words)
+                self._seen = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            bits = np.zeros(words * _WORD, dtype=np.bool_)
+            bits[choice.seen] = True
+            packed = np.packbits(bits, bitorder="little").view("<i4")
+            self._seen[slot].copy_(uploaded(packed, self._device, np.int32))
 
     def _finish(
         self, logits: Tensor, tokens: Tensor, position: Tensor, rows: _Rows
@@ -234,24 +225,13 @@ class DeviceChooser:
         """
         largest = torch.gather(logits, 1, tokens[:, None])[:, 0]
         if rows.parameters is not None:
-            values = self._penalized(logits, rows)
-            self._network.choose(values, tokens, **rows.parameters, position=position)
+            parameters = rows.parameters | {"position": position}
+            if self._seen is not None and "penalty" in parameters:
+                parameters |= {"seen": self._seen, "seen_slot": rows.slot_index}
+            self._network.choose(logits, tokens, **parameters)
         self._last.index_copy_(0, rows.slot_index, tokens)
-        if rows.penalized is not None and self._seen is not None:
-            self._seen[rows.slot_index[rows.penalized], tokens[rows.penalized]] = True
         reported = {row: sent(logits[row]) for row in rows.reported}
         ids, values = sent(tokens), sent(largest)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(self._device))
         return DeviceTokens(ids, values, reported, arrived)
-
-    def _penalized(self, logits: Tensor, rows: _Rows) -> Tensor:
-        """Return logits [B, V] with the repetition penalty of the rows that have one."""
-        if rows.penalized is None or rows.penalties is None or self._seen is None:
-            return logits
-        values = logits.clone()
-        part = logits[rows.penalized]
-        changed = torch.where(part > 0, part / rows.penalties, part * rows.penalties)
-        seen = self._seen[rows.slot_index[rows.penalized]]
-        values[rows.penalized] = torch.where(seen, changed, part)
-        return values

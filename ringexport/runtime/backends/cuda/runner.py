@@ -340,9 +340,12 @@ class CudaRunner(BaseRunner[CudaState]):
         Returns:
             [B] int64 the greedy choices after the last token.
         """
-        step = self._run_steps(tokens, state, rows, steps)
-        ids: Tokens = step.tokens[: len(rows)].cpu().numpy()
-        return ids
+        parts = []
+        for start in range(0, len(rows), BATCH_BUCKETS[-1]):
+            some = rows[start : start + BATCH_BUCKETS[-1]]
+            step = self._run_steps(tokens[start : start + len(some)], state, some, steps)
+            parts.append(step.tokens[: len(some)].cpu().numpy())
+        return np.concatenate(parts)
 
     def _run_steps(
         self, tokens: Tokens, state: CudaState, rows: Sequence[int], steps: int
