@@ -23,6 +23,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("ringexport needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV), 1.5 GB on the disk: some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[ort,torch,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps kernel-lens==2.0.1
 	touch $@
