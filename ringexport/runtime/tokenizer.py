@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,7 +48,6 @@ class ModelTokenizer:
         self._character_of |= {ord(symbol): chr(byte) for byte, symbol in enumerate(byte_symbols())}
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str | None] = {}
-        self._longest: int | None = None
         self.special_ids = special_ids
         self.stop_ids = stop_ids
         self.chat_template = chat_template
@@ -124,9 +124,11 @@ class ModelTokenizer:
 
         It is 0 where the tokenizer may drop or rewrite characters.
         """
-        if self._longest is None:
-            self._longest = _longest_token(self._tokenizer)
-        return -(-len(text) // self._longest) if self._longest else 0
+        return -(-len(text) // self._longest_token) if self._longest_token else 0
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        return _longest_token(self._tokenizer)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""

@@ -165,26 +165,40 @@ __device__ __forceinline__ float norm_factor(const RouterParams& p, int token) {
   return rsqrtf(sum / p.hidden_size + p.norm_eps);
 }
 
+// What a choice needs and no other kernel writes: before the wait. Returns the bias of expert threadIdx.x.
+template <bool kByRank>
+__device__ __forceinline__ float prepare_choice(const RouterParams& p, Scratch<kByRank>& scratch) {
+  float bias = 0.0f;
+  if constexpr (kByRank) {
+    const int expert = threadIdx.x;
+    clear_ranks(p, scratch);
+    if (expert < p.num_experts) bias = __ldg(p.expert_bias + expert);
+  }
+  return bias;
+}
+
+// logit(e) is called once for each expert.
+template <bool kByRank, typename Logit>
+__device__ __forceinline__ void choose(const RouterParams& p, int token, Scratch<kByRank>& scratch,
+                                       float bias, Logit logit) {
+  if constexpr (kByRank) {
+    const int expert = threadIdx.x;
+    choose_by_rank(p, token, scratch, bias, expert < p.num_experts ? logit(expert) : 0.0f);
+  } else {
+    choose_experts(p, token, scratch, logit);
+  }
+}
+
 // Awaits the dot products of a token and chooses its experts.
 template <typename Hidden, bool kByRank>
 __device__ __forceinline__ void choose_posted(const RouterParams& p, int token) {
   __shared__ Scratch<kByRank> scratch;
-  const int thread = threadIdx.x;
   auto* words = static_cast<unsigned long long*>(p.workspace) + (int64_t)token * p.num_experts;
-  float bias = 0.0f;
-  if constexpr (kByRank) {
-    clear_ranks(p, scratch);
-    if (thread < p.num_experts) bias = __ldg(p.expert_bias + thread);
-  }
+  const float bias = prepare_choice<kByRank>(p, scratch);
   wait_for_previous_kernel();
   allow_next_kernel();
   const float factor = p.norm_weight != nullptr ? norm_factor<Hidden>(p, token) : 1.0f;
-  if constexpr (kByRank) {
-    const float logit = thread < p.num_experts ? await_logit(words + thread) * factor : 0.0f;
-    choose_by_rank(p, token, scratch, bias, logit);
-  } else {
-    choose_experts(p, token, scratch, [&](int e) { return await_logit(words + e) * factor; });
-  }
+  choose<kByRank>(p, token, scratch, bias, [&](int e) { return await_logit(words + e) * factor; });
 }
 
 // grid: num_experts / kRowsPerBlock, then a block per token that waits for the others: it comes last, so that
@@ -360,12 +374,8 @@ template <bool kByRank>
 __global__ void __launch_bounds__(kRouterThreads)
     router_choice_kernel(const __grid_constant__ RouterParams p, const __grid_constant__ RouterParts parts) {
   __shared__ Scratch<kByRank> scratch;
-  const int token = blockIdx.x, thread = threadIdx.x;
-  float bias = 0.0f;
-  if constexpr (kByRank) {
-    clear_ranks(p, scratch);
-    if (thread < p.num_experts) bias = __ldg(p.expert_bias + thread);
-  }
+  const int token = blockIdx.x;
+  const float bias = prepare_choice<kByRank>(p, scratch);
   wait_for_previous_kernel();
   allow_next_kernel();
   float factor = 1.0f;
@@ -382,11 +392,7 @@ __global__ void __launch_bounds__(kRouterThreads)
     }
     return sum * factor;
   };
-  if constexpr (kByRank) {
-    choose_by_rank(p, token, scratch, bias, thread < p.num_experts ? logit(thread) : 0.0f);
-  } else {
-    choose_experts(p, token, scratch, logit);
-  }
+  choose<kByRank>(p, token, scratch, bias, logit);
 }
 
 }  // namespace ringkernels::moe
