@@ -20,6 +20,10 @@ __all__ = ["LinearInputs", "LinearKernel", "chunked", "fla", "plain", "recurrent
 CHUNK = 64
 _LOG = logging.getLogger(__name__)
 
+# The first exp() of a process settles the accuracy of MKL's vector functions. If two threads make
+# it at once, one of them can be off by 1e-4 (torch 2.13 on the CPU, about 1 process in 100).
+torch.zeros(1).exp()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearInputs:
