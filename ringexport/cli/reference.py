@@ -3,8 +3,8 @@
 import click
 
 from ringexport.cli.main import COMMANDS, EXIT_CODES, cli
+from ringexport.engine.target import FP8_ARCHITECTURE
 from ringexport.pipeline.request import RECIPES, RUNNABLE, TARGET_FORMS
-from ringexport.pipeline.target_schemes import FP8_ARCHITECTURE
 from ringexport.settings import VARIABLES
 
 __all__ = ["render_reference"]
@@ -45,7 +45,9 @@ def _targets() -> str:
     }
     table = _table(("target", "recipes"), rows)
     note = (
-        f"TensorRT has FP8 from sm_{FP8_ARCHITECTURE} on; older GPUs run int8 and bf16 there.\n\n"
+        f"TensorRT has FP8 from sm_{FP8_ARCHITECTURE} on. On older GPUs the plugins decode FP8"
+        " themselves: static scales of inputs give way to scales per token, and FP8 modules whose"
+        " inputs are not quantized, or that fit no kernel, are stored in bf16.\n\n"
     )
     return "## Targets of `build`\n\n" + table + note
 

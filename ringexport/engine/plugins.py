@@ -29,7 +29,7 @@ BUILD_HINT = (
     "build it with: make plugins, in a clone of the repository, or name it in"
     " RINGEXPORT_PLUGIN_LIBRARY"
 )
-ABI_VERSION = 1
+ABI_VERSION = 2
 """RINGPLUGINS_ABI of plugins/hosts/tensorrt/fields.h: the serialized form of the plugins."""
 
 NO_KERNELS = "none"

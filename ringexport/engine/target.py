@@ -6,7 +6,10 @@ from typing import Self
 
 from ringexport.errors import ConfigError
 
-__all__ = ["PLUGIN_ARCHITECTURES", "EngineTarget"]
+__all__ = ["FP8_ARCHITECTURE", "PLUGIN_ARCHITECTURES", "EngineTarget"]
+
+FP8_ARCHITECTURE = 89
+"""The first for which TensorRT compiles FP8, in whatever layer."""
 
 PLUGIN_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities, times ten, that the kernels of plugins/ are written for."""
@@ -59,6 +62,11 @@ class EngineTarget:
     def name(self) -> str:
         """The canonical name."""
         return f"{self.flavor}:{'+'.join(f'sm_{number}' for number in self.architectures)}"
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether TensorRT has FP8 on every GPU that the engine is for."""
+        return min(self.architectures) >= FP8_ARCHITECTURE
 
     def _check(self, given: int) -> None:
         known = ARCHITECTURES[self.flavor]

@@ -11,7 +11,7 @@ from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.graph import initializers
 from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.initializers import ComputeDtype
-from ringexport.graph.quantized import Emitter, QuantizedEmitter
+from ringexport.graph.quantized import EmitterFactory, QuantizedEmitter
 from ringexport.ops.attention import ATTENTION
 from ringexport.ops.decay import DecayIndex, log_decay
 from ringexport.ops.linear_attention import LINEAR_ATTENTION
@@ -44,7 +44,7 @@ class BlockBuilder:
         weights: CheckpointWeights,
         decay_index: DecayIndex,
         dtype: ComputeDtype,
-        emitter: type[Emitter] = QuantizedEmitter,
+        emitter: EmitterFactory = QuantizedEmitter,
     ) -> None:
         self.builder = builder
         self.config = config

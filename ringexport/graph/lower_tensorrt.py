@@ -1,5 +1,6 @@
 """Lower the portable graph for TensorRT: contract ops stay nodes, which plugins implement."""
 
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -48,6 +49,7 @@ def export_tensorrt_graph(
     *,
     decay_index: DecayIndex = DecayIndex.SERVING,
     dtype: ComputeDtype = ComputeDtype.BF16,
+    has_fp8: bool = True,
     progress: Progress | None = None,
 ) -> GraphInfo:
     """Write model.onnx and weights.bin for an engine builder.
@@ -57,6 +59,7 @@ def export_tensorrt_graph(
         directory: existing, empty.
         decay_index: form of the decay.
         dtype: of activations, matrices and KV cache; one of `DTYPES`.
+        has_fp8: every GPU that the engine is for has FP8 in TensorRT.
         progress: told of the bytes that are written.
 
     Raises:
@@ -67,7 +70,11 @@ def export_tensorrt_graph(
     if dtype not in DTYPES:
         raise GraphError(f"the plugins compute in {' or '.join(DTYPES)}, not in {dtype}")
     network = build_network(
-        weights.config, weights, decay_index=decay_index, dtype=dtype, emitter=TensorRtEmitter
+        weights.config,
+        weights,
+        decay_index=decay_index,
+        dtype=dtype,
+        emitter=partial(TensorRtEmitter, has_fp8=has_fp8),
     )
     stored = plugin_weights(network.builder.nodes, network.builder.weights)
     total = sum(weight.nbytes for weight in stored)

@@ -10,7 +10,7 @@ from ringexport.graph import initializers
 from ringexport.graph.blocks import BlockBuilder, Step
 from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.initializers import AnyArray, ComputeDtype
-from ringexport.graph.quantized import Emitter, QuantizedEmitter
+from ringexport.graph.quantized import EmitterFactory, QuantizedEmitter
 from ringexport.ops.decay import DecayIndex
 from ringexport.ops.rotary import split_rotary_tables
 
@@ -43,7 +43,7 @@ def build_network(
     *,
     decay_index: DecayIndex = DecayIndex.SERVING,
     dtype: ComputeDtype = ComputeDtype.FP32,
-    emitter: type[Emitter] = QuantizedEmitter,
+    emitter: EmitterFactory = QuantizedEmitter,
 ) -> Network:
     """Build the graph of a checkpoint; weights are read only when the graph is saved.
 
@@ -52,7 +52,7 @@ def build_network(
         weights: where the weights will come from.
         decay_index: form of the decay, folded into the graph as one constant per linear layer.
         dtype: of activations, matrices and KV cache.
-        emitter: adds quantized modules in the form that the runtime takes.
+        emitter: makes what adds quantized modules in the form that the runtime takes.
     """
     builder = GraphBuilder()
     blocks = BlockBuilder(builder, config, weights, decay_index, dtype, emitter)

@@ -21,7 +21,7 @@ from ringexport.ops.projection import FP8_QUANTIZE, INT8_PROJECTION, INT8_ZERO, 
 from ringexport.ops.quantization import GranularityKind, NumberFormat, Quantized
 from ringexport.ops.schemes import ActivationMode, ActivationScheme, ModuleScheme
 
-__all__ = ["Emitter", "QuantizedEmitter", "row_scales"]
+__all__ = ["Emitter", "EmitterFactory", "QuantizedEmitter", "row_scales"]
 
 FLOAT = onnx.TensorProto.FLOAT
 FP8 = onnx.TensorProto.FLOAT8E4M3FN
@@ -33,11 +33,6 @@ class Emitter(Protocol):
 
     Each method returns None for what is to be added as if it were not quantized.
     """
-
-    def __init__(
-        self, *, builder: GraphBuilder, weights: CheckpointWeights, dtype: ComputeDtype
-    ) -> None:
-        """Keep the graph, the checkpoint and the dtype of activations."""
 
     def projection(
         self,
@@ -58,6 +53,15 @@ class Emitter(Protocol):
 
     def expert_weights(self, experts: list[str], label: str) -> list[str] | None:
         """Add stacked matrices for RingExperts."""
+
+
+class EmitterFactory(Protocol):
+    """Makes the emitter of one graph."""
+
+    def __call__(
+        self, *, builder: GraphBuilder, weights: CheckpointWeights, dtype: ComputeDtype
+    ) -> Emitter:
+        """Return an emitter for a graph, a checkpoint and the dtype of activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

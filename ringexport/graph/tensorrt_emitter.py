@@ -5,6 +5,9 @@
 * Weights only: DequantizeLinear before the product.
 * Routed experts: the plugin RingQuantizedExperts, which always quantizes its inputs per token.
 
+GPUs before sm_89 have no FP8 in TensorRT. There the plugins take FP8 codes as int8 tensors, static
+activations are quantized per token, and other FP8 projections are dequantized.
+
 Scales stay fp32 everywhere; `output_dtype` of DequantizeLinear brings the dtype of the graph.
 """
 
@@ -19,15 +22,17 @@ from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.errors import GraphError
 from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.initializers import AnyArray, ComputeDtype, LazyInitializer, from_array
-from ringexport.graph.quantized import PER_ROW, row_scales
+from ringexport.graph.quantized import row_scales
 from ringexport.ops.plugin_ops import (
     QUANTIZED_EXPERTS,
     QUANTIZED_PROJECTION,
+    ProjectionForm,
     experts_fit_plugin,
-    projection_fits_plugin,
+    is_per_row,
+    projection_form,
 )
-from ringexport.ops.quantization import GranularityKind, NumberFormat
-from ringexport.ops.schemes import ActivationMode, ModuleScheme
+from ringexport.ops.quantization import NumberFormat
+from ringexport.ops.schemes import ModuleScheme
 
 __all__ = ["TensorRtEmitter"]
 
@@ -36,11 +41,16 @@ FLOAT = onnx.TensorProto.FLOAT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRtEmitter:
-    """An `Emitter` for graphs that TensorRT's parser reads."""
+    """An `Emitter` for graphs that TensorRT's parser reads.
+
+    Attributes:
+        has_fp8: every GPU that the engine is for has FP8 in TensorRT.
+    """
 
     builder: GraphBuilder
     weights: CheckpointWeights
     dtype: ComputeDtype = ComputeDtype.BF16
+    has_fp8: bool = True
 
     def projection(
         self,
@@ -60,15 +70,14 @@ class TensorRtEmitter:
             rows: first row, and the row behind the last.
             output: name of the product in fp32, if the graph exposes it.
         """
-        scheme = self._per_row_scheme(module)
-        if scheme is None:
-            return None
-        inputs = scheme.activations
+        scheme = self.weights.schemes.get(module, ModuleScheme())
         in_features = self.weights.info(f"{module}.weight").shape[1]
-        fits = projection_fits_plugin(in_features, rows[1] - rows[0])
-        if inputs is not None and inputs.mode is ActivationMode.STATIC:
+        form = projection_form(scheme, in_features, rows[1] - rows[0], has_fp8=self.has_fp8)
+        if form is ProjectionForm.DEQUANTIZED:
+            return None
+        if form is ProjectionForm.STATIC:
             product = self._static(value, module, label, rows)
-        elif inputs is not None and inputs.granularity.kind is GranularityKind.TOKEN and fits:
+        elif form is ProjectionForm.PER_TOKEN:
             product = self._per_token(value, module, label, rows)
         else:
             product = self._weight_only(value, module, label, rows)
@@ -100,7 +109,11 @@ class TensorRtEmitter:
             *self._stacked(gate_up, (2 * width, hidden), f"{label}.gate_up_proj", number_format),
             *self._stacked(down, (hidden, width), f"{label}.down_proj", number_format),
         ]
-        attributes = {"num_experts": len(experts), "top_k": top_k}
+        attributes = {
+            "num_experts": len(experts),
+            "top_k": top_k,
+            "fp8_bytes": int(self._are_bytes(number_format.dtype)),
+        }
         (output,) = self.builder.contract(
             QUANTIZED_EXPERTS, [*inputs, *weights], attributes, "mlp.experts"
         )
@@ -111,31 +124,33 @@ class TensorRtEmitter:
         del experts, label
         return None
 
-    def _per_row_scheme(self, module: str) -> ModuleScheme | None:
-        scheme = self.weights.schemes.get(module)
-        if scheme is None or scheme.weights is None:
-            return None
-        return scheme if scheme.weights.granularity.kind in PER_ROW else None
+    def _format(self, module: str) -> NumberFormat | None:
+        """Return the format of weights with scales per row, None for others."""
+        scheme = self.weights.schemes.get(module, ModuleScheme())
+        return scheme.weights.format if scheme.weights and is_per_row(scheme) else None
+
+    def _are_bytes(self, codes: np.dtype[np.generic]) -> bool:
+        """Tell whether the bytes of codes go into int8 tensors."""
+        return codes == NumberFormat.FP8_E4M3.dtype and not self.has_fp8
+
+    def _in_graph(self, codes: np.dtype[np.generic]) -> np.dtype[np.generic]:
+        """Return the type of the tensors that hold codes; values change theirs by `view`."""
+        return np.dtype(np.int8) if self._are_bytes(codes) else codes
 
     def _expert_format(self, experts: list[str]) -> NumberFormat | None:
         """Return the format of all experts' matrices, None if it is not one per row."""
-        found = set()
-        for expert in experts:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                scheme = self._per_row_scheme(f"{expert}.{name}")
-                if scheme is None or scheme.weights is None:
-                    return None
-                found.add(scheme.weights.format)
+        names = ("gate_proj", "up_proj", "down_proj")
+        found = {self._format(f"{expert}.{name}") for expert in experts for name in names}
         return found.pop() if len(found) == 1 else None
 
     def _static(self, value: str, module: str, label: str, rows: tuple[int, int]) -> str:
         scale = self.weights.input_scale(module)
-        scheme = self._per_row_scheme(module)
-        if scale is None or scheme is None or scheme.weights is None:
+        number_format = self._format(module)
+        if scale is None or number_format is None:
             raise GraphError(f"{module} has static activations without an input scale")
         build = self.builder
         constant = build.constant(np.array(scale, dtype=np.float32), "input_scale")
-        zero = build.constant(np.zeros((), dtype=scheme.weights.format.dtype), "zero")
+        zero = build.constant(np.zeros((), dtype=number_format.dtype), "zero")
         codes = build.node("QuantizeLinear", [value, constant, zero], f"{label}.quantize")
         real = self._dequantized([codes, constant, zero], f"{label}.input", None)
         matrix = self._matrix(module, label, rows)
@@ -147,8 +162,10 @@ class TensorRtEmitter:
 
     def _per_token(self, value: str, module: str, label: str, rows: tuple[int, int]) -> str:
         codes, scale = self._row_weights(module, label, rows, transposed=False)
+        stored = self.weights.quantized(f"{module}.weight").values
+        attributes = {"fp8_bytes": int(self._are_bytes(stored.dtype))}
         (product,) = self.builder.contract(
-            QUANTIZED_PROJECTION, [value, codes, scale], {}, f"{label}.matmul"
+            QUANTIZED_PROJECTION, [value, codes, scale], attributes, f"{label}.matmul"
         )
         return product
 
@@ -171,16 +188,17 @@ class TensorRtEmitter:
         name = self.builder.scoped(label)
         quantized = self.weights.quantized(f"{module}.weight")
         in_features = quantized.values.shape[1]
+        dtype = self._in_graph(quantized.values.dtype)
 
         def chunks() -> Iterator[AnyArray]:
             stored = self.weights.quantized(f"{module}.weight").values[first:last]
-            yield np.ascontiguousarray(stored.T if transposed else stored)
+            yield np.ascontiguousarray(stored.T if transposed else stored).view(dtype)
 
         shape = (last - first, in_features)
         codes = LazyInitializer(
             name=name,
             shape=shape[::-1] if transposed else shape,
-            dtype=quantized.values.dtype,
+            dtype=dtype,
             chunks=chunks,
         )
         scales = np.ascontiguousarray(row_scales(quantized)[first:last, 0])
@@ -195,6 +213,7 @@ class TensorRtEmitter:
     ) -> list[str]:
         """Stack codes [E, rows, in] and scales [E, rows], the rows of each expert alternating."""
         name = self.builder.scoped(label)
+        code_dtype = self._in_graph(number_format.dtype)
 
         def stack(*, scales: bool) -> Iterator[AnyArray]:
             for parts in modules:
@@ -204,12 +223,12 @@ class TensorRtEmitter:
                     quantized = self.weights.quantized(f"{part}.weight")
                     values = row_scales(quantized)[:, 0] if scales else quantized.values
                     stacked[index :: len(parts)] = values
-                yield stacked
+                yield stacked if scales else stacked.view(code_dtype)
 
         codes = LazyInitializer(
             name=name,
             shape=(len(modules), *shape),
-            dtype=number_format.dtype,
+            dtype=code_dtype,
             chunks=lambda: stack(scales=False),
         )
         scale = LazyInitializer(

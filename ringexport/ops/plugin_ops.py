@@ -1,10 +1,13 @@
 """Contracts of the 8-bit ops that only plugins implement: no function of ONNX ops defines them.
 
 Weights are int8 or FP8-E4M3 with one scale per output row; the inputs are quantized inside the op
-to the same format, with one scale per token.
+to the same format, with one scale per token. TensorRT has FP8 tensors on GPUs from sm_89 on only,
+while the kernels decode FP8 everywhere: older GPUs get the codes as bytes, `fp8_bytes`.
 """
 
 from dataclasses import replace
+from enum import StrEnum, auto
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +16,8 @@ import numpy.typing as npt
 from ringexport.ops.attention import ATTENTION
 from ringexport.ops.linear_attention import LINEAR_ATTENTION
 from ringexport.ops.moe import EXPERTS, ROUTER
-from ringexport.ops.quantization import NumberFormat
+from ringexport.ops.quantization import GranularityKind, NumberFormat
+from ringexport.ops.schemes import ActivationMode, ModuleScheme
 from ringexport.ops.spec import Attributes, OpSpec, TensorArg
 from ringexport.tensors import match
 
@@ -21,8 +25,10 @@ __all__ = [
     "PLUGIN_CONTRACTS",
     "QUANTIZED_EXPERTS",
     "QUANTIZED_PROJECTION",
+    "ProjectionForm",
     "experts_fit_plugin",
-    "projection_fits_plugin",
+    "is_per_row",
+    "projection_form",
     "quantize_tokens",
     "quantized_experts",
     "quantized_projection",
@@ -35,9 +41,52 @@ SMALLEST_SCALE = np.finfo(np.float32).eps
 """Of a token of zeros."""
 
 
-def projection_fits_plugin(in_features: int, out_features: int) -> bool:
-    """Tell whether RingQuantizedProjection has a kernel for a matrix."""
-    return in_features % 64 == 0 and out_features % 16 == 0
+class ProjectionForm(StrEnum):
+    """How a TensorRT engine computes a projection of a quantized checkpoint.
+
+    STATIC: TensorRT's own product of codes, inputs quantized with the static scale.
+    PER_TOKEN: RingQuantizedProjection.
+    WEIGHT_ONLY: the weights stay codes, the product is that of the activation dtype.
+    DEQUANTIZED: weights in the activation dtype.
+    """
+
+    STATIC = auto()
+    PER_TOKEN = auto()
+    WEIGHT_ONLY = auto()
+    DEQUANTIZED = auto()
+
+
+def projection_form(
+    scheme: ModuleScheme, in_features: int, out_features: int, *, has_fp8: bool
+) -> ProjectionForm:
+    """Choose the form of a projection.
+
+    Args:
+        scheme: of the module.
+        in_features, out_features: of the matrix.
+        has_fp8: every GPU that the engine is for has FP8 in TensorRT. Elsewhere FP8 modules whose
+            inputs are quantized go to the plugin, the others are dequantized.
+    """
+    weights, inputs = scheme.weights, scheme.activations
+    if weights is None or not is_per_row(scheme):
+        return ProjectionForm.DEQUANTIZED
+    fits = in_features % 64 == 0 and out_features % 16 == 0
+    is_static = inputs is not None and inputs.mode is ActivationMode.STATIC
+    per_token = inputs is not None and inputs.granularity.kind is GranularityKind.TOKEN
+    if weights.format is NumberFormat.FP8_E4M3 and not has_fp8:
+        runs = fits and (is_static or per_token)
+        return ProjectionForm.PER_TOKEN if runs else ProjectionForm.DEQUANTIZED
+    if is_static:
+        return ProjectionForm.STATIC
+    return ProjectionForm.PER_TOKEN if fits and per_token else ProjectionForm.WEIGHT_ONLY
+
+
+def is_per_row(scheme: ModuleScheme) -> bool:
+    """Tell whether the weights have one scale per row, or one for all rows."""
+    return scheme.weights is not None and scheme.weights.granularity.kind in {
+        GranularityKind.TENSOR,
+        GranularityKind.CHANNEL,
+    }
 
 
 def experts_fit_plugin(hidden_size: int, intermediate_size: int) -> bool:
@@ -67,7 +116,7 @@ def quantize_tokens(
 
 
 def quantized_projection(
-    hidden: FloatArray, weight: CodeArray, weight_scale: FloatArray
+    hidden: FloatArray, weight: CodeArray, weight_scale: FloatArray, *, fp8_bytes: bool = False
 ) -> FloatArray:
     """Multiply by an 8-bit weight; inputs are quantized per token to the format of the weight.
 
@@ -75,6 +124,7 @@ def quantized_projection(
         hidden: [N, D].
         weight: [O, D] int8 or FP8-E4M3.
         weight_scale: [O].
+        fp8_bytes: `weight` is int8 and holds the bytes of FP8-E4M3 codes.
 
     Returns:
         output [N, O] fp32.
@@ -84,6 +134,8 @@ def quantized_projection(
     """
     dims = match("weight", weight, "O D", match("hidden", hidden, "N D"))
     match("weight_scale", weight_scale, "O", dims)
+    if fp8_bytes:
+        weight = weight.view(NumberFormat.FP8_E4M3.dtype)
     codes, input_scale = quantize_tokens(hidden, _format(weight))
     sums = codes.astype(np.float64) @ weight.astype(np.float64).T
     output: FloatArray = (sums * input_scale * weight_scale).astype(np.float32)
@@ -95,6 +147,8 @@ def quantized_experts(
     routing: tuple[npt.NDArray[np.integer], FloatArray],
     gate_up: tuple[CodeArray, FloatArray],
     down: tuple[CodeArray, FloatArray],
+    *,
+    fp8_bytes: bool = False,
 ) -> FloatArray:
     """Sum the routed SwiGLU experts of each token, in 8 bits.
 
@@ -103,6 +157,7 @@ def quantized_experts(
         routing: expert_ids and routing_weights [N, k].
         gate_up: gate_up_proj [E, 2*I, D], whose rows alternate gate and up, and its scale [E, 2*I].
         down: down_proj [E, D, I] and its scale [E, D].
+        fp8_bytes: both matrices are int8 and hold the bytes of FP8-E4M3 codes.
 
     Returns:
         output [N, D] fp32. The product of gate and up is quantized per token and expert again.
@@ -110,12 +165,13 @@ def quantized_experts(
     expert_ids, routing_weights = routing
     match("routing_weights", routing_weights, "N k", match("hidden", hidden, "N D"))
     output: FloatArray = np.zeros(hidden.shape, dtype=np.float32)
+    multiply = partial(quantized_projection, fp8_bytes=fp8_bytes)
     for expert in np.unique(expert_ids):
         tokens, slots = np.nonzero(expert_ids == expert)
-        both = quantized_projection(hidden[tokens], gate_up[0][expert], gate_up[1][expert])
+        both = multiply(hidden[tokens], gate_up[0][expert], gate_up[1][expert])
         gate, up = both[:, 0::2], both[:, 1::2]
         inner = (gate / (1.0 + np.exp(-gate)) * up).astype(np.float32)
-        made = quantized_projection(inner, down[0][expert], down[1][expert])
+        made = multiply(inner, down[0][expert], down[1][expert])
         np.add.at(output, tokens, routing_weights[tokens, slots][:, None] * made)
     return output
 
@@ -130,6 +186,8 @@ def _no_body(attributes: Attributes) -> str:
     return ""
 
 
+_FP8_BYTES = {"fp8_bytes": "1: int8 weights are the bytes of FP8-E4M3 codes; else 0"}
+
 QUANTIZED_PROJECTION = OpSpec(
     name="RingQuantizedProjection",
     summary="Product with 8-bit weights; inputs are quantized per token (plugins only).",
@@ -139,7 +197,7 @@ QUANTIZED_PROJECTION = OpSpec(
         TensorArg(name="weight_scale", shape="O", dtype="fp32", text="real = code * scale"),
     ),
     outputs=(TensorArg(name="output", shape="... O", dtype="float", text="product"),),
-    attributes={},
+    attributes=_FP8_BYTES,
     function_body=_no_body,
 )
 
@@ -154,7 +212,7 @@ QUANTIZED_EXPERTS = OpSpec(
         TensorArg(name="down_scale", shape="E D", dtype="fp32", text="real = code * scale"),
     ),
     outputs=EXPERTS.outputs,
-    attributes=EXPERTS.attributes,
+    attributes={**EXPERTS.attributes, **_FP8_BYTES},
     function_body=_no_body,
     sizes=EXPERTS.sizes,
 )

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from ringexport.checkpoint import RingConfig
-from ringexport.engine.target import EngineTarget
+from ringexport.engine.target import FP8_ARCHITECTURE, EngineTarget
 from ringexport.errors import ConfigError
-from ringexport.ops.plugin_ops import experts_fit_plugin, projection_fits_plugin
+from ringexport.ops.plugin_ops import ProjectionForm, experts_fit_plugin, projection_form
 from ringexport.ops.projection import int8_block_size
 from ringexport.ops.quantization import GranularityKind, NumberFormat
 from ringexport.ops.schemes import ActivationMode, ActivationScheme, ModuleScheme, StateFormat
@@ -13,16 +13,12 @@ from ringexport.pipeline.packed import check_packed, is_packed
 from ringexport.quantize.modules import quantizable_modules
 
 __all__ = [
-    "FP8_ARCHITECTURE",
     "check_model",
     "check_runnable",
     "computation_notes",
     "max_engine_bytes",
     "max_weight_bytes",
 ]
-
-FP8_ARCHITECTURE = 89
-"""The first for which TensorRT compiles FP8, in whatever layer."""
 
 _PER_ROW = frozenset({GranularityKind.TENSOR, GranularityKind.CHANNEL})
 _HEAD_DIMS = (64, 128)
@@ -75,7 +71,7 @@ def check_runnable(
         )
     for name, scheme in schemes.items():
         if engine is not None:
-            _check_tensorrt(engine, name, scheme, what)
+            _check_tensorrt(engine.name, name, scheme, what)
         inputs = scheme.activations
         if (
             inputs is not None
@@ -89,17 +85,8 @@ def check_runnable(
             )
 
 
-def _check_tensorrt(engine: EngineTarget, name: str, scheme: ModuleScheme, what: str) -> None:
+def _check_tensorrt(target: str, name: str, scheme: ModuleScheme, what: str) -> None:
     """Refuse a module that neither the plugins nor TensorRT's own layers run."""
-    target = engine.name
-    older = [number for number in engine.architectures if number < FP8_ARCHITECTURE]
-    parts = [part for part in (scheme.weights, scheme.activations) if part is not None]
-    if older and any(part.format is NumberFormat.FP8_E4M3 for part in parts):
-        raise ConfigError(
-            f"{what} quantizes {name} to FP8, and the target {target} is for sm_{older[0]}:"
-            f" TensorRT has FP8 from sm_{FP8_ARCHITECTURE} on",
-            hint="use the recipe int8 or bf16, or a target cuda:sm_..",
-        )
     if scheme.weights is not None and scheme.weights.granularity.kind not in _PER_ROW:
         raise ConfigError(
             f"{what} quantizes the weights of {name} per {scheme.weights.granularity}, and the"
@@ -121,37 +108,49 @@ def computation_notes(
     config: RingConfig, schemes: Mapping[str, ModuleScheme], targets: Iterable[str]
 ) -> tuple[str, ...]:
     """Say how the targets compute these modules, where it is not what the scheme says."""
-    families = {
-        EngineTarget.parse(target) is not None for target in targets if not is_packed(target)
-    }
-    notes: tuple[str, ...] = ()
-    if False in families:
-        notes += _onnxruntime_notes(config, schemes)
-    if True in families:
-        notes += _tensorrt_notes(config, schemes)
+    engines = [EngineTarget.parse(target) for target in targets if not is_packed(target)]
+    tensorrt = [engine for engine in engines if engine is not None]
+    notes = _onnxruntime_notes(config, schemes) if None in engines else ()
+    found = {engine.name: _engine_notes(config, schemes, engine) for engine in tensorrt}
+    for note in dict.fromkeys(note for given in found.values() for note in given):
+        names = [name for name, given in found.items() if note in given]
+        who = "TensorRT" if len(names) == len(found) else ", ".join(names)
+        notes += (f"{who}: {note}",)
     return notes
 
 
-def _tensorrt_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> tuple[str, ...]:
-    experts = plain = 0
+def _engine_notes(
+    config: RingConfig, schemes: Mapping[str, ModuleScheme], engine: EngineTarget
+) -> list[str]:
+    experts = per_token = plain = dequantized = 0
     for module in quantizable_modules(config):
         scheme = schemes.get(module.name, ModuleScheme())
         if scheme.weights is None:
             continue
         inputs = scheme.activations
-        dynamic = inputs is not None and inputs.mode is ActivationMode.DYNAMIC
+        is_static = inputs is not None and inputs.mode is ActivationMode.STATIC
         if ".mlp.experts." in module.name:
-            experts += not dynamic
-        elif dynamic:
-            plain += not projection_fits_plugin(module.shape[1], module.shape[0])
+            experts += inputs is None or is_static
+            continue
+        form = projection_form(scheme, module.shape[1], module.shape[0], has_fp8=engine.has_fp8)
+        is_dequantized = form is ProjectionForm.DEQUANTIZED
+        per_token += is_static and form is ProjectionForm.PER_TOKEN
+        plain += inputs is not None and (is_dequantized or form is ProjectionForm.WEIGHT_ONLY)
+        dequantized += is_dequantized
+    older = f"TensorRT has no FP8 before sm_{FP8_ARCHITECTURE}"
     notes = []
     if experts:
-        notes.append(f"TensorRT: inputs of {experts} matrices of experts are quantized per token")
-    if plain:
+        notes.append(f"inputs of {experts} matrices of experts are quantized per token")
+    if per_token:
         notes.append(
-            f"TensorRT: inputs of {plain} modules are not quantized, their sizes fit no kernel"
+            f"inputs of {per_token} modules are quantized per token, not with static scales:"
+            f" {older}"
         )
-    return tuple(notes)
+    if plain:
+        notes.append(f"inputs of {plain} modules are not quantized, no kernel fits them")
+    if dequantized:
+        notes.append(f"FP8 weights of {dequantized} modules are stored in bf16: {older}")
+    return notes
 
 
 def _onnxruntime_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> tuple[str, ...]:

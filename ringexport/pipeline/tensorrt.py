@@ -67,7 +67,11 @@ class TensorRtTarget:
         graph = folder / _GRAPH_FOLDER
         graph.mkdir()
         export_tensorrt_graph(
-            weights, graph, decay_index=DecayIndex(decay_index), progress=progress
+            weights,
+            graph,
+            decay_index=DecayIndex(decay_index),
+            has_fp8=self.target.has_fp8,
+            progress=progress,
         )
         context = weights.config.context_length
         request = EngineRequest(

@@ -112,9 +112,9 @@ def test_resolve_gives_one_hashable_value() -> None:
         (["--target", "tensorrt-rtx:sm_90"], 3, ["do not run on sm_90", "sm_120"]),
         (["--target", "tensorrt-rtx:sm_89", "--recipe", "fp32"], 3, ["compute in bf16"]),
         (
-            ["--target", "tensorrt-rtx:sm_80+sm_89", "--recipe", "fp8-static"],
+            ["--target", "tensorrt-rtx:sm_80+sm_89", "--recipe", "fp8-block"],
             3,
-            ["to FP8, and the target tensorrt-rtx:sm_80+sm_89 is for sm_80", "from sm_89 on"],
+            ["does not run the recipe fp8-block", "recipes that it runs: bf16, fp8, fp8-static"],
         ),
         (["--target", "tensorrt-rtx:sm_89", "--profile", "fast"], 3, ["unknown engine profile"]),
         (["--profile", "nope"], 3, ["no TensorRT engine is built for onnxruntime:cpu"]),

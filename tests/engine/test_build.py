@@ -133,6 +133,8 @@ def test_one_engine_for_three_architectures(
     [
         ("int8", "tensorrt-rtx:sm_80", {"RingQuantizedProjection": 33, "RingQuantizedExperts": 5}),
         ("fp8-static", "tensorrt-rtx:sm_120", {"QUANTIZE": 38, "RingQuantizedExperts": 5}),
+        ("fp8-static", "tensorrt-rtx:sm_80", {"RingQuantizedProjection": 33, "QUANTIZE": 0}),
+        ("fp8", "tensorrt-rtx:sm_80+sm_89", {"RingQuantizedProjection": 33, "DEQUANTIZE": 0}),
     ],
 )
 def test_bundles_of_quantized_recipes(
@@ -146,7 +148,7 @@ def test_bundles_of_quantized_recipes(
             output=tmp_path / "bundle",
             recipe=recipe,
             targets=(target,),
-            calibration=str(prompts),
+            calibration=None if recipe == "fp8" else str(prompts),
             plugin_library=host_plugins,
         )
     )
@@ -157,11 +159,18 @@ def test_bundles_of_quantized_recipes(
     assert {"tensorrt_rtx", "ringplugins", "ringplugins_abi"} <= result.manifest.versions.keys()
     assert any("compiled without kernels" in note for note in result.notes)
     table = json.loads((result.path / found.files["layers"]).read_text())
-    assert {name: table["counts"][name] for name in counts} == counts
-    experts = next(row for row in table["layers"] if row["plugin"] == "RingQuantizedExperts")
-    kinds = [tensor["dtype"] for tensor in experts["inputs"]]
-    code = "INT8" if recipe == "int8" else "FP8"
-    assert kinds == ["BF16", "INT32", "FLOAT", code, "FLOAT", code, "FLOAT"]
+    assert {name: table["counts"].get(name, 0) for name in counts} == counts
+    code = "FP8" if target == "tensorrt-rtx:sm_120" else "INT8"
+    expected = {
+        "RingQuantizedExperts": ["BF16", "INT32", "FLOAT", code, "FLOAT", code, "FLOAT"],
+        "RingQuantizedProjection": ["BF16", code, "FLOAT"],
+    }
+    rows = [row for row in table["layers"] if row["plugin"] in expected]
+    for row in rows:
+        assert [tensor["dtype"] for tensor in row["inputs"]] == expected[row["plugin"]], row["name"]
+    assert sum(row["plugin"] == "RingQuantizedExperts" for row in rows) == 5
+    tensors = [one for row in table["layers"] for one in (*row["inputs"], *row["outputs"])]
+    assert any(tensor["dtype"] == "FP8" for tensor in tensors) == (code == "FP8")
     assert not list(result.path.rglob("*.onnx"))
 
 

@@ -24,6 +24,21 @@ def test_the_name_is_canonical() -> None:
     assert target.name == "tensorrt-rtx:sm_80+sm_120"
 
 
+@pytest.mark.parametrize(
+    ("name", "has_fp8"),
+    [
+        ("tensorrt-rtx:sm_89", True),
+        ("tensorrt-rtx:sm_89+sm_120", True),
+        ("tensorrt-rtx:sm_80+sm_89", False),
+        ("tensorrt:sm_86", False),
+    ],
+)
+def test_fp8_is_what_all_gpus_have(name: str, has_fp8: bool) -> None:
+    target = EngineTarget.parse(name)
+    assert target is not None
+    assert target.has_fp8 is has_fp8
+
+
 @pytest.mark.parametrize("name", ["onnxruntime:cpu", "cuda:sm_90", "torch"])
 def test_other_families(name: str) -> None:
     assert EngineTarget.parse(name) is None

@@ -76,12 +76,15 @@ class RingExperts(OpRun):
 class RingQuantizedExperts(OpRun):
     op_domain = "ringexport"
 
-    def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0917
-        self, hidden, ids, weights, gate_up, gate_up_scale, down, down_scale, num_experts, top_k
+    def _run(  # type: ignore[no-untyped-def]
+        self, hidden, ids, weights, gate_up, gate_up_scale, down, down_scale, **attributes
     ):
-        del num_experts, top_k
         output = quantized_experts(
-            _f32(hidden), (ids, weights), (gate_up, gate_up_scale), (down, down_scale)
+            _f32(hidden),
+            (ids, weights),
+            (gate_up, gate_up_scale),
+            (down, down_scale),
+            fp8_bytes=bool(attributes["fp8_bytes"]),
         )
         return (output.astype(hidden.dtype),)
 
@@ -89,9 +92,9 @@ class RingQuantizedExperts(OpRun):
 class RingQuantizedProjection(OpRun):
     op_domain = "ringexport"
 
-    def _run(self, hidden, weight, scale):  # type: ignore[no-untyped-def]
+    def _run(self, hidden, weight, scale, fp8_bytes):  # type: ignore[no-untyped-def]
         flat = _f32(hidden).reshape(-1, hidden.shape[-1])
-        output = quantized_projection(flat, weight, scale)
+        output = quantized_projection(flat, weight, scale, fp8_bytes=bool(fp8_bytes))
         return (output.reshape(*hidden.shape[:-1], -1).astype(hidden.dtype),)
 
 

@@ -10,6 +10,16 @@ from ringexport.graph.initializers import ComputeDtype, from_array
 from ringexport.graph.lower_tensorrt import export_tensorrt_graph
 from ringexport.graph.passes.plugin_form import plugin_weights
 from ringexport.ops.plugin_ops import PLUGIN_CONTRACTS
+from ringexport.quantize.run import quantize_checkpoint
+from ringexport.quantize.shipped import load_recipe
+
+NANO = Path(__file__).parents[2] / "models" / "ring-nano"
+CODES = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.INT8}
+WEIGHT_ONLY = """
+[[rules]]
+targets = ["routed_experts", "dense_mlp"]
+weights = { format = "fp8_e4m3", granularity = "channel" }
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +56,64 @@ def test_the_router_has_one_row_per_expert(model: onnx.ModelProto, tiny_checkpoi
     with CheckpointWeights.open(tiny_checkpoint) as weights:
         expected = weights.read_f32("model.layers.1.mlp.gate.weight")
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(found), expected)
+
+
+def lowered(checkpoint: Path, folder: Path, *, has_fp8: bool) -> onnx.ModelProto:
+    folder.mkdir()
+    with CheckpointWeights.open(checkpoint) as weights:
+        export_tensorrt_graph(weights, folder, has_fp8=has_fp8)
+    return onnx.load(folder / "model.onnx")
+
+
+def plugin_codes(model: onnx.ModelProto) -> dict[str, tuple[int, int, bytes]]:
+    """Return fp8_bytes, type and bytes of the codes that plugins take, by name."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in {"RingQuantizedExperts", "RingQuantizedProjection"}:
+            (flag,) = [entry.i for entry in node.attribute if entry.name == "fp8_bytes"]
+            for tensor in (tensors[name] for name in node.input if name in tensors):
+                if tensor.data_type in CODES:
+                    found[tensor.name] = (flag, tensor.data_type, tensor.raw_data)
+    return found
+
+
+def test_fp8_codes_travel_as_bytes_where_tensorrt_has_no_fp8(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    quantize_checkpoint(NANO, checkpoint, load_recipe("fp8"))
+    new = lowered(checkpoint, tmp_path / "new", has_fp8=True)
+    old = lowered(checkpoint, tmp_path / "old", has_fp8=False)
+    typed, untyped = plugin_codes(new), plugin_codes(old)
+    assert typed.keys() == untyped.keys()
+    assert len(typed) == 33 + 2 * 5
+    for name, (flag, kind, data) in typed.items():
+        assert (flag, kind) == (0, onnx.TensorProto.FLOAT8E4M3FN)
+        assert untyped[name] == (1, onnx.TensorProto.INT8, data)
+    kinds = {tensor.name: tensor.data_type for tensor in old.graph.initializer}
+    assert onnx.TensorProto.FLOAT8E4M3FN not in kinds.values()
+    # No kernel takes a width of 32.
+    assert kinds["layers.1.mlp.shared_experts.down_proj"] == onnx.TensorProto.BFLOAT16
+    assert not [node for node in old.graph.node if "QuantizeLinear" in node.op_type]
+
+
+def test_fp8_weights_alone_are_dequantized_where_tensorrt_has_no_fp8(tmp_path: Path) -> None:
+    recipe, checkpoint = tmp_path / "own.toml", tmp_path / "checkpoint"
+    recipe.write_text(WEIGHT_ONLY)
+    quantize_checkpoint(NANO, checkpoint, load_recipe(str(recipe)))
+    new = lowered(checkpoint, tmp_path / "new", has_fp8=True)
+    assert {node.op_type for node in new.graph.node} >= {"DequantizeLinear"}
+    old = lowered(checkpoint, tmp_path / "old", has_fp8=False)
+    assert len(plugin_codes(old)) == 2 * 5
+    kinds = {tensor.name: tensor.data_type for tensor in old.graph.initializer}
+    assert kinds["layers.0.mlp.down_proj"] == onnx.TensorProto.BFLOAT16
+
+
+def test_int8_does_not_depend_on_fp8(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    quantize_checkpoint(NANO, checkpoint, load_recipe("int8-weight-only"))
+    new = lowered(checkpoint, tmp_path / "new", has_fp8=True)
+    assert lowered(checkpoint, tmp_path / "old", has_fp8=False) == new
+    assert {flag for flag, _, _ in plugin_codes(new).values()} == {0}
 
 
 def test_fp16_is_an_option(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a graph for TensorRT computes, with the plugins' contracts in place of the plugins."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
+from ringexport.checkpoint import RingConfig
 from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.compare.tolerances import TOLERANCES
 from ringexport.graph.export import GRAPH_FILE, WEIGHTS_FILE
@@ -17,6 +19,8 @@ from ringexport.graph.network import build_network
 from ringexport.graph.passes.plugin_form import plugin_weights
 from ringexport.graph.save import write_weights
 from ringexport.graph.tensorrt_emitter import TensorRtEmitter
+from ringexport.pipeline.calibrated import CalibrationRequest
+from ringexport.pipeline.quantized import quantize
 from ringexport.quantize.run import quantize_checkpoint
 from ringexport.quantize.shipped import load_recipe
 from ringexport.runtime.registry import open_checkpoint_runner
@@ -26,12 +30,20 @@ Array = npt.NDArray[Any]
 
 NANO = Path(__file__).parents[2] / "models" / "ring-nano"
 TOKENS, CAPACITY = 12, 32
+FP8_TYPE = onnx.TensorProto.FLOAT8E4M3FN
+SAMPLES = {"fp8-static": 4}
+"""Prompts of a recipe that calibrates."""
 
 
-def fp32_graph(weights: CheckpointWeights, folder: Path) -> onnx.ModelProto:
+def fp32_graph(
+    weights: CheckpointWeights, folder: Path, *, has_fp8: bool = True
+) -> onnx.ModelProto:
     """Lower in fp32, which the plugins do not take, so that no rounding hides a mistake."""
     network = build_network(
-        weights.config, weights, dtype=ComputeDtype.FP32, emitter=TensorRtEmitter
+        weights.config,
+        weights,
+        dtype=ComputeDtype.FP32,
+        emitter=partial(TensorRtEmitter, has_fp8=has_fp8),
     )
     stored = plugin_weights(network.builder.nodes, network.builder.weights)
     tensors = write_weights(stored, folder / WEIGHTS_FILE, lambda _: None)
@@ -40,11 +52,15 @@ def fp32_graph(weights: CheckpointWeights, folder: Path) -> onnx.ModelProto:
     return onnx.load(folder / GRAPH_FILE)
 
 
-def compared(model: onnx.ModelProto, checkpoint: Path, dtype: npt.DTypeLike) -> Array:
-    """Return the cosine of the logits of each position with those of the torch reference."""
-    with CheckpointWeights.open(checkpoint) as weights:
+def tokens_of(config: RingConfig) -> Array:
+    return np.random.default_rng(1).integers(0, config.vocab_size, (1, TOKENS))
+
+
+def logits_of(model: onnx.ModelProto, dtype: npt.DTypeLike) -> Array:
+    """Return the logits of a graph of ring-nano at each position, [tokens, vocabulary]."""
+    with CheckpointWeights.open(NANO) as weights:
         config = weights.config
-    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (1, TOKENS))
+    tokens = tokens_of(config)
     inputs: dict[str, Array] = {
         "tokens": tokens,
         "lengths": np.array([TOKENS], np.int32),
@@ -61,7 +77,15 @@ def compared(model: onnx.ModelProto, checkpoint: Path, dtype: npt.DTypeLike) -> 
     for layer in config.softmax_layers:
         for part in ("key", "value"):
             inputs[f"past_{part}.{layer}"] = np.zeros((1, kv_heads, CAPACITY, dim), dtype)
-    found = run_lowered(model, inputs)["logits"][0].astype(np.float64)
+    logits: Array = run_lowered(model, inputs)["logits"][0].astype(np.float64)
+    return logits
+
+
+def compared(model: onnx.ModelProto, checkpoint: Path, dtype: npt.DTypeLike) -> Array:
+    """Return the cosine of the logits of each position with those of the torch reference."""
+    found = logits_of(model, dtype)
+    with CheckpointWeights.open(checkpoint) as weights:
+        tokens = tokens_of(weights.config)
     with open_checkpoint_runner(checkpoint) as runner:
         logits = runner.prefill(tokens, None, runner.new_state(1), every_position=True)
     expected = logits[0].astype(np.float64)
@@ -85,12 +109,33 @@ def test_unquantized_in_bf16(tmp_path: Path) -> None:
     assert np.median(compared(model, NANO, dtype)) > 0.999
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "int8-weight-only"])
-def test_quantized(tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "has_fp8"),
+    [("fp8", True), ("int8-weight-only", True), ("fp8", False), ("fp8-static", False)],
+)
+def test_quantized(tmp_path: Path, recipe: str, has_fp8: bool) -> None:
     checkpoint, folder = tmp_path / "checkpoint", tmp_path / "graph"
-    quantize_checkpoint(NANO, checkpoint, load_recipe(recipe))
+    quantize(
+        NANO, checkpoint, load_recipe(recipe), CalibrationRequest(num_samples=SAMPLES.get(recipe))
+    )
     folder.mkdir()
     with CheckpointWeights.open(checkpoint) as weights:
-        model = fp32_graph(weights, folder)
-    # int8-weight-only: the plugin of the experts also quantizes their inputs.
+        model = fp32_graph(weights, folder, has_fp8=has_fp8)
+    has_types = any(tensor.data_type == FP8_TYPE for tensor in model.graph.initializer)
+    assert has_types == (has_fp8 and recipe == "fp8")
+    # int8-weight-only: the plugin of the experts also quantizes their inputs. fp8-static without
+    # FP8 types: inputs are quantized per token, those of the reference with static scales.
     assert np.median(compared(model, checkpoint, np.float32)) > 0.999
+
+
+def test_bytes_of_fp8_codes_mean_the_same(tmp_path: Path) -> None:
+    """A weight-only DequantizeLinear gives what is dequantized when the graph is written."""
+    checkpoint = tmp_path / "checkpoint"
+    quantize_checkpoint(NANO, checkpoint, load_recipe("fp8"))
+    found = []
+    for has_fp8 in (True, False):
+        folder = tmp_path / str(has_fp8)
+        folder.mkdir()
+        with CheckpointWeights.open(checkpoint) as weights:
+            found.append(logits_of(fp32_graph(weights, folder, has_fp8=has_fp8), np.float32))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)

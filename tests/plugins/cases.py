@@ -232,7 +232,7 @@ def _codes(
 
 
 def _quantized_experts(
-    tokens: int, number_format: NumberFormat
+    tokens: int, number_format: NumberFormat, *, fp8_bytes: bool = False
 ) -> Callable[[Rng, np.dtype[np.generic]], PluginCase]:
     def make(rng: Rng, dtype: np.dtype[np.generic]) -> PluginCase:
         count, width, inner = ROUTING.num_experts, 256, 64
@@ -241,9 +241,15 @@ def _quantized_experts(
         gate_up = _codes(rng, number_format, count, 2 * inner, width)
         down = _codes(rng, number_format, count, width, inner)
         output = quantized_experts(_f32(hidden), (ids, _f32(weights)), gate_up, down)
+        if fp8_bytes:
+            gate_up, down = ((codes.view(np.int8), scale) for codes, scale in (gate_up, down))
         return PluginCase(
             op="RingQuantizedExperts",
-            attributes={"num_experts": count, "top_k": ROUTING.top_k},
+            attributes={
+                "num_experts": count,
+                "top_k": ROUTING.top_k,
+                "fp8_bytes": int(fp8_bytes),
+            },
             inputs=[hidden, ids, weights, *gate_up, *down],
             outputs=[output.astype(dtype)],
         )
@@ -252,7 +258,7 @@ def _quantized_experts(
 
 
 def _projection(
-    tokens: int, number_format: NumberFormat
+    tokens: int, number_format: NumberFormat, *, fp8_bytes: bool = False
 ) -> Callable[[Rng, np.dtype[np.generic]], PluginCase]:
     def make(rng: Rng, dtype: np.dtype[np.generic]) -> PluginCase:
         hidden = _normal(rng, dtype, 1, tokens, 256)
@@ -260,8 +266,8 @@ def _projection(
         output = quantized_projection(_f32(hidden)[0], codes, scale)
         return PluginCase(
             op="RingQuantizedProjection",
-            attributes={},
-            inputs=[hidden, codes, scale],
+            attributes={"fp8_bytes": int(fp8_bytes)},
+            inputs=[hidden, codes.view(np.int8) if fp8_bytes else codes, scale],
             outputs=[output[None].astype(dtype)],
         )
 
@@ -286,10 +292,15 @@ CASES: dict[str, Callable[[Rng, np.dtype[np.generic]], PluginCase]] = {
     "experts-int8-70": _quantized_experts(70, INT8),
     "experts-fp8-1": _quantized_experts(1, FP8),
     "experts-fp8-70": _quantized_experts(70, FP8),
+    "experts-fp8-bytes-1": _quantized_experts(1, FP8, fp8_bytes=True),
+    "experts-fp8-bytes-70": _quantized_experts(70, FP8, fp8_bytes=True),
     "projection-int8-1": _projection(1, INT8),
     "projection-int8-70": _projection(70, INT8),
     "projection-fp8-1": _projection(1, FP8),
     "projection-fp8-70": _projection(70, FP8),
     "projection-fp8-500": _projection(500, FP8),
+    "projection-fp8-bytes-1": _projection(1, FP8, fp8_bytes=True),
+    "projection-fp8-bytes-70": _projection(70, FP8, fp8_bytes=True),
+    "projection-fp8-bytes-500": _projection(500, FP8, fp8_bytes=True),
 }
 """Name to a function of a generator and an activation dtype."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ringexport.engine.plugins import DEFAULT_LIBRARY, NO_KERNELS, PluginLibrary
+from ringexport.engine.plugins import ABI_VERSION, DEFAULT_LIBRARY, NO_KERNELS, PluginLibrary
 from tests.plugins.cases import CASES, DTYPES, PluginCase
 
 SEED = 20261121
@@ -87,6 +87,8 @@ def test_a_field_of_another_type_is_refused(
         ("router-1", "n_group", 0, "is 0, expected 1 or more"),
         ("router-1", "normalize", 2, "is 2, expected 0 or 1"),
         ("experts-1", "num_experts", -1, "is -1, expected 1 or more"),
+        ("experts-fp8-1", "fp8_bytes", 2, "is 2, expected 0 or 1"),
+        ("projection-fp8-1", "fp8_bytes", -1, "is -1, expected 0 or 1"),
     ],
 )
 def test_values_out_of_range_are_refused(
@@ -118,12 +120,31 @@ def test_wrong_tensors_are_refused(plugin_driver: Path, host_plugins: Path, tmp_
         assert message in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("experts-fp8-1", "gate_up_proj is fp8_e4m3, expected int8"),
+        ("projection-fp8-1", "weight is fp8_e4m3, expected int8"),
+    ],
+)
+def test_fp8_tensors_are_no_bytes_of_fp8(
+    plugin_driver: Path, host_plugins: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    case = make(name)
+    wrong = changed(case, attributes=case.attributes | {"fp8_bytes": 1})
+    done = drive(plugin_driver, wrong.write(tmp_path, host_plugins))
+    assert done.returncode == 3
+    assert f"{wrong.op}: attribute fp8_bytes is 1 and {said}" in done.stdout
+    assert "refused: getOutputDataTypes" in done.stdout
+
+
 def test_fields_of_another_abi_are_refused(
     plugin_driver: Path, host_plugins: Path, tmp_path: Path
 ) -> None:
     done = drive(plugin_driver, make("router-1").write(tmp_path, host_plugins, "abi 7"))
     assert done.returncode == 3
-    assert "built with version 7 of the plugins, this library has version 1" in done.stdout
+    said = f"built with version 7 of the plugins, this library has version {ABI_VERSION}"
+    assert said in done.stdout
 
 
 def test_a_library_without_kernels_says_so(host_plugins: Path) -> None:
@@ -160,6 +181,19 @@ def test_memory_for_a_profile_serves_every_shape_in_it(
         lines = case.profile(factor)
         shared = workspace_bytes(plugin_driver, case.write(tmp_path, library, *lines))
         assert shared >= alone
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_bytes_of_fp8_codes_take_the_memory_of_fp8(
+    plugin_driver: Path, tmp_path: Path, tokens: int
+) -> None:
+    """Needs a library with kernels, but no GPU: prepared tokens take two bytes in FP8."""
+    library = kernel_library()
+    fp8, as_bytes, int8 = (
+        workspace_bytes(plugin_driver, make(f"experts-{name}-{tokens}").write(tmp_path, library))
+        for name in ("fp8", "fp8-bytes", "int8")
+    )
+    assert as_bytes == fp8 > int8
 
 
 @pytest.mark.gpu

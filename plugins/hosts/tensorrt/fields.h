@@ -89,7 +89,7 @@ constexpr bool fits_contract(OpContract const& contract) {
 }
 
 // The version of the serialized form: raised whenever an op's attributes, inputs or layout of weights change.
-#define RINGPLUGINS_ABI 1
+#define RINGPLUGINS_ABI 2
 inline constexpr int32_t kAbiVersion = RINGPLUGINS_ABI;
 inline constexpr char const* kAbiField = "ring_abi";
 

@@ -16,6 +16,8 @@ class Op {
  public:
   virtual ~Op() = default;
   virtual std::unique_ptr<Op> clone() const = 0;
+  // Throws for types of inputs that fit the contract and not the attributes.
+  virtual void check_types(nvinfer1::DataType const* /*inputs*/) const {}
   // Dimensions that the attributes give.
   virtual Sizes attribute_sizes() const = 0;
   virtual std::vector<nvinfer1::PluginField> fields() const = 0;
@@ -56,10 +58,6 @@ class OpWith : public Op {
  protected:
   OpContract const& contract_;
   Attributes attributes_;
-};
-
-struct NoAttributes {
-  static constexpr auto fields() { return std::make_tuple(); }
 };
 
 // Throws with the op and what the kernel says of its parameters.

@@ -120,10 +120,11 @@ inline constexpr OpContract kRingQuantizedExperts = {
     {
         {"output", "N D", Element::kFloat, 2, {{Size::kN}, {Size::kD}}, -1},
     },
-    2,
+    3,
     {
         {"num_experts", false, Size::kE},
         {"top_k", false, Size::kTopK},
+        {"fp8_bytes", false, Size::kNone},
     },
 };
 
@@ -140,8 +141,9 @@ inline constexpr OpContract kRingQuantizedProjection = {
     {
         {"output", "... O", Element::kFloat, 2, {{Size::kLeading}, {Size::kO}}, -1},
     },
-    0,
+    1,
     {
+        {"fp8_bytes", false, Size::kNone},
     },
 };
 

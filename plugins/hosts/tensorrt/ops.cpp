@@ -11,6 +11,8 @@
 
 namespace ringplugins {
 
+using nvinfer1::DataType;
+
 namespace {
 
 // TensorRT hands out the workspace anew each time; kernels want theirs zeroed.
@@ -25,6 +27,19 @@ void launch_cleared(OpContract const& contract, Params params, void* workspace, 
 constexpr size_t kAlignment = 256;
 
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// What the kernels take input `index`, 8-bit codes, for. TensorRT has no FP8 type on GPUs before sm_89, where the
+// kernels do take it: there fp8_bytes says that an int8 tensor holds the bytes of FP8-E4M3 codes.
+ringkernels::DType code_type(OpContract const& contract, int32_t index, DataType given, Flag fp8_bytes) {
+  if (fp8_bytes == Flag::kOff) {
+    return kernel_type(given);
+  }
+  if (given != DataType::kINT8) {
+    throw PluginError(std::string(contract.name) + ": attribute fp8_bytes is 1 and " + contract.inputs[index].name +
+                      " is " + type_name(given) + ", expected int8");
+  }
+  return ringkernels::DType::kFp8E4M3;
+}
 
 struct LinearAttentionAttributes {
   int32_t num_heads;
@@ -315,12 +330,31 @@ struct ExpertsAttributes {
   }
 };
 static_assert(fits_contract<ExpertsAttributes>(kRingExperts));
-static_assert(fits_contract<ExpertsAttributes>(kRingQuantizedExperts));
+
+struct QuantizedExpertsAttributes {
+  int32_t num_experts;
+  int32_t top_k;
+  Flag fp8_bytes;
+
+  static constexpr auto fields() {
+    return std::make_tuple(field("num_experts", &QuantizedExpertsAttributes::num_experts),
+                           field("top_k", &QuantizedExpertsAttributes::top_k),
+                           field("fp8_bytes", &QuantizedExpertsAttributes::fp8_bytes));
+  }
+};
+static_assert(fits_contract<QuantizedExpertsAttributes>(kRingQuantizedExperts));
 
 // RingExperts and RingQuantizedExperts: the latter has a scale behind each of the two matrices.
-class ExpertsOp final : public OpWith<ExpertsOp, ExpertsAttributes> {
+template <typename Attributes>
+class ExpertsOp final : public OpWith<ExpertsOp<Attributes>, Attributes> {
+  using Base = OpWith<ExpertsOp, Attributes>;
+  using Base::attributes_;
+  using Base::contract_;
+
  public:
-  using OpWith::OpWith;
+  using Base::Base;
+
+  void check_types(DataType const* inputs) const override { weight_type(inputs[3]); }
 
   size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
 
@@ -338,7 +372,15 @@ class ExpertsOp final : public OpWith<ExpertsOp, ExpertsAttributes> {
   }
 
  private:
-  bool is_quantized() const { return contract_.num_inputs == kRingQuantizedExperts.num_inputs; }
+  static constexpr bool kQuantized = std::is_same_v<Attributes, QuantizedExpertsAttributes>;
+
+  ringkernels::DType weight_type(DataType given) const {
+    if constexpr (kQuantized) {
+      return code_type(contract_, 3, given, attributes_.fp8_bytes);
+    } else {
+      return kernel_type(given);
+    }
+  }
 
   ringkernels::ExpertsParams params(Call const& call) const {
     ringkernels::ExpertsParams params{};
@@ -346,8 +388,8 @@ class ExpertsOp final : public OpWith<ExpertsOp, ExpertsAttributes> {
     params.expert_ids = call.input<int32_t>(1);
     params.routing_weights = call.input<float>(2);
     params.gate_up_proj = call.input<void>(3);
-    params.down_proj = call.input<void>(is_quantized() ? 5 : 4);
-    if (is_quantized()) {
+    params.down_proj = call.input<void>(kQuantized ? 5 : 4);
+    if (kQuantized) {
       params.gate_up_scale = call.input<float>(4);
       params.down_scale = call.input<float>(6);
       params.scale_kind = ringkernels::ScaleKind::kChannel;
@@ -359,16 +401,23 @@ class ExpertsOp final : public OpWith<ExpertsOp, ExpertsAttributes> {
     params.num_experts = attributes_.num_experts;
     params.top_k = attributes_.top_k;
     params.dtype = params.output_dtype = kernel_type(call.inputs[0].type);
-    params.weight_dtype = kernel_type(call.inputs[3].type);
+    params.weight_dtype = weight_type(call.inputs[3].type);
     return params;
   }
 };
 
-static_assert(fits_contract<NoAttributes>(kRingQuantizedProjection));
+struct ProjectionAttributes {
+  Flag fp8_bytes;
 
-class ProjectionOp final : public OpWith<ProjectionOp, NoAttributes> {
+  static constexpr auto fields() { return std::make_tuple(field("fp8_bytes", &ProjectionAttributes::fp8_bytes)); }
+};
+static_assert(fits_contract<ProjectionAttributes>(kRingQuantizedProjection));
+
+class ProjectionOp final : public OpWith<ProjectionOp, ProjectionAttributes> {
  public:
   using OpWith::OpWith;
+
+  void check_types(DataType const* inputs) const override { weight_type(inputs[1]); }
 
   size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
 
@@ -385,7 +434,9 @@ class ProjectionOp final : public OpWith<ProjectionOp, NoAttributes> {
   }
 
  private:
-  static ringkernels::ProjectionParams params(Call const& call) {
+  ringkernels::DType weight_type(DataType given) const { return code_type(contract_, 1, given, attributes_.fp8_bytes); }
+
+  ringkernels::ProjectionParams params(Call const& call) const {
     ringkernels::ProjectionParams params{};
     params.m = call.size32(Size::kLeading);
     params.n = call.size32(Size::kO);
@@ -397,7 +448,7 @@ class ProjectionOp final : public OpWith<ProjectionOp, NoAttributes> {
     params.weight = call.input<void>(1);
     params.weight_scale = call.input<float>(2);
     params.input_dtype = params.output_dtype = kernel_type(call.inputs[0].type);
-    params.weight_dtype = kernel_type(call.inputs[1].type);
+    params.weight_dtype = weight_type(call.inputs[1].type);
     params.weight_scale_kind = ringkernels::ScaleKind::kChannel;
     return params;
   }
@@ -424,9 +475,9 @@ std::vector<OpEntry> const& op_table() {
       entry<LinearAttentionOp, kRingLinearAttention, LinearAttentionAttributes>(),
       entry<AttentionOp, kRingAttention, AttentionAttributes>(),
       entry<RouterOp, kRingRouter, RouterAttributes>(),
-      entry<ExpertsOp, kRingExperts, ExpertsAttributes>(),
-      entry<ExpertsOp, kRingQuantizedExperts, ExpertsAttributes>(),
-      entry<ProjectionOp, kRingQuantizedProjection, NoAttributes>(),
+      entry<ExpertsOp<ExpertsAttributes>, kRingExperts, ExpertsAttributes>(),
+      entry<ExpertsOp<QuantizedExpertsAttributes>, kRingQuantizedExperts, QuantizedExpertsAttributes>(),
+      entry<ProjectionOp, kRingQuantizedProjection, ProjectionAttributes>(),
   };
   return table;
 }

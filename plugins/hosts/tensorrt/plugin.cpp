@@ -110,6 +110,7 @@ void Plugin::check_types(DataType const* input_types) const {
                         ", expected " + type_name(input_types[first]) + " like " + contract_.inputs[first].name);
     }
   }
+  op_->check_types(input_types);
 }
 
 Sizes Plugin::matched(Dims const* input_dims) const {
