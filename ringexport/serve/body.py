@@ -15,6 +15,8 @@ __all__ = ["read_json"]
 CLOSE = {"Connection": "close"}
 DISCARDED = 8
 """Times the limit: so much of a body that is too large is read, so that the answer arrives."""
+MOST_COMMAS = 1_000_000
+"""More values than this would hold up everybody else's answers while they are parsed."""
 
 
 async def read_json(request: Request, options: ServeOptions) -> Any:
@@ -73,6 +75,9 @@ def _parse(data: bytes) -> Any:
     def refuse(text: str) -> Never:
         raise ApiError(f"the body holds {text}, which is not JSON", code="invalid_json")
 
+    if data.count(b",") > MOST_COMMAS:
+        message = f"the body holds more than {MOST_COMMAS:,} commas, too many values for a request"
+        raise ApiError(message, status=413, code="request_too_large")
     try:
         return json.loads(data.decode("utf-8"), parse_constant=refuse)
     except UnicodeDecodeError as error:

@@ -128,6 +128,13 @@ def test_bad_json(scripted: Scripted, data: bytes, text: str) -> None:
     refused(send(scripted, data), 400, text)
 
 
+def test_too_many_values(scripted: Scripted) -> None:
+    """They would stop the event loop for a second, and every stream with it."""
+    error = refused(send(scripted, b"[" + b"0," * 1_000_001 + b"0]"), 413, "1,000,000 commas")
+    assert error["code"] == "request_too_large"
+    refused(send(scripted, b"[" + b"0," * 1_000_000 + b"0]"), 400, "the request is a list")
+
+
 def test_text_that_is_no_unicode(scripted: Scripted) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode()
     refused(send(scripted, body), 400, "lone surrogate")
