@@ -193,7 +193,7 @@ class QuantizedEmitter:
         scale = row_scales(quantized)[first:last]
 
         def chunks() -> Iterator[AnyArray]:
-            stored = self.weights.quantized(f"{module}.weight").values[first:last]
+            stored = self.weights.codes(f"{module}.weight", rows)
             yield _codes(stored).reshape(last - first, blocks, block)
 
         weight = LazyInitializer(
@@ -222,8 +222,7 @@ class QuantizedEmitter:
         in_features = self.weights.info(f"{module}.weight").shape[1]
 
         def chunks() -> Iterator[AnyArray]:
-            stored = self.weights.quantized(f"{module}.weight").values[first:last]
-            yield np.ascontiguousarray(stored.T)
+            yield np.ascontiguousarray(self.weights.codes(f"{module}.weight", rows).T)
 
         codes = LazyInitializer(
             name=name,
@@ -288,10 +287,12 @@ class QuantizedEmitter:
             for parts in modules:
                 stacked = np.empty(sizes, dtype=dtype)
                 for index, part in enumerate(parts):
-                    quantized = self.weights.quantized(f"{part}.weight")
-                    stored = quantized.values
-                    codes = _codes(stored) if stored.dtype == np.int8 else stored
-                    stacked[index :: len(parts)] = row_scales(quantized) if scales else codes
+                    if scales:
+                        values: AnyArray = row_scales(self.weights.quantized(f"{part}.weight"))
+                    else:
+                        stored = self.weights.codes(f"{part}.weight")
+                        values = _codes(stored) if stored.dtype == np.int8 else stored
+                    stacked[index :: len(parts)] = values
                 yield stacked
 
         fp32 = np.dtype(np.float32)

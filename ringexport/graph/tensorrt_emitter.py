@@ -191,7 +191,7 @@ class TensorRtEmitter:
         dtype = self._in_graph(quantized.values.dtype)
 
         def chunks() -> Iterator[AnyArray]:
-            stored = self.weights.quantized(f"{module}.weight").values[first:last]
+            stored = self.weights.codes(f"{module}.weight", rows)
             yield np.ascontiguousarray(stored.T if transposed else stored).view(dtype)
 
         shape = (last - first, in_features)
@@ -220,8 +220,11 @@ class TensorRtEmitter:
                 dtype = np.dtype(np.float32) if scales else number_format.dtype
                 stacked = np.empty(shape[:1] if scales else shape, dtype=dtype)
                 for index, part in enumerate(parts):
-                    quantized = self.weights.quantized(f"{part}.weight")
-                    values = row_scales(quantized)[:, 0] if scales else quantized.values
+                    weight = f"{part}.weight"
+                    if scales:
+                        values = row_scales(self.weights.quantized(weight))[:, 0]
+                    else:
+                        values = self.weights.codes(weight)
                     stacked[index :: len(parts)] = values
                 yield stacked if scales else stacked.view(code_dtype)
 

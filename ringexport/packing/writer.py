@@ -210,7 +210,7 @@ class _Source:
 
     def _codes(self, modules: tuple[str, ...]) -> Iterator[Array]:
         for module in modules:
-            yield self._weights.quantized(module + ".weight").values
+            yield self._weights.codes(module + ".weight")
             self._weights.release(module + ".weight")
 
     def _scales(self, matrix: Matrix) -> Iterator[Array]:

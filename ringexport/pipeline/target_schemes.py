@@ -22,6 +22,7 @@ __all__ = [
 
 _PER_ROW = frozenset({GranularityKind.TENSOR, GranularityKind.CHANNEL})
 _HEAD_DIMS = (64, 128)
+_EXPERTS = ".mlp.experts."
 _ENGINE_BYTES_PER_LAYER = 8 << 20
 _PLAIN_BYTES = 4
 _INT8_BYTES, _FP8_BYTES = 1.3, 1.05  # codes and their scales, per element
@@ -122,15 +123,18 @@ def computation_notes(
 def _engine_notes(
     config: RingConfig, schemes: Mapping[str, ModuleScheme], engine: EngineTarget
 ) -> list[str]:
-    experts = per_token = plain = dequantized = 0
+    experts = mixed = per_token = plain = dequantized = 0
+    mixed_layers = _mixed_layers(config, schemes)
     for module in quantizable_modules(config):
         scheme = schemes.get(module.name, ModuleScheme())
         if scheme.weights is None:
             continue
         inputs = scheme.activations
         is_static = inputs is not None and inputs.mode is ActivationMode.STATIC
-        if ".mlp.experts." in module.name:
-            experts += inputs is None or is_static
+        layer, is_expert, _ = module.name.partition(_EXPERTS)
+        if is_expert:
+            mixed += layer in mixed_layers
+            experts += layer not in mixed_layers and (inputs is None or is_static)
             continue
         form = projection_form(scheme, module.shape[1], module.shape[0], has_fp8=engine.has_fp8)
         is_dequantized = form is ProjectionForm.DEQUANTIZED
@@ -141,6 +145,11 @@ def _engine_notes(
     notes = []
     if experts:
         notes.append(f"inputs of {experts} matrices of experts are quantized per token")
+    if mixed:
+        notes.append(
+            f"weights of {mixed} matrices of experts are stored in bf16: formats differ within a"
+            " layer"
+        )
     if per_token:
         notes.append(
             f"inputs of {per_token} modules are quantized per token, not with static scales:"
@@ -151,6 +160,17 @@ def _engine_notes(
     if dequantized:
         notes.append(f"FP8 weights of {dequantized} modules are stored in bf16: {older}")
     return notes
+
+
+def _mixed_layers(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> frozenset[str]:
+    """Return the layers whose experts are not all in one format: one kernel runs all of a layer."""
+    formats: dict[str, set[NumberFormat | None]] = {}
+    for module in quantizable_modules(config):
+        layer, is_expert, _ = module.name.partition(_EXPERTS)
+        if is_expert:
+            weights = schemes.get(module.name, ModuleScheme()).weights
+            formats.setdefault(layer, set()).add(None if weights is None else weights.format)
+    return frozenset(layer for layer, found in formats.items() if len(found) > 1)
 
 
 def _onnxruntime_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> tuple[str, ...]:

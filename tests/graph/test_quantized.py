@@ -1,6 +1,8 @@
 """Graphs of quantized checkpoints: the ops they use, their size, and what they compute."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -8,8 +10,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from ringexport.checkpoint import CheckpointWeights
+from ringexport.errors import CheckpointError
 from ringexport.graph.export import export_graph
+from ringexport.graph.lower_tensorrt import export_tensorrt_graph
 from ringexport.ops.decay import DecayIndex
+from ringexport.packing.writer import write_packed
 from ringexport.quantize.run import quantize_checkpoint
 from ringexport.quantize.shipped import load_recipe
 from tests.graph.test_export import Array, open_session, run_fresh, run_reference
@@ -78,3 +83,26 @@ def test_int8_matrices_are_stored_once_and_small(tmp_path: Path) -> None:
         export_graph(unquantized, plain)
     quantized_bytes = (tmp_path / "graph" / "weights.bin").stat().st_size
     assert quantized_bytes < 0.34 * (plain / "weights.bin").stat().st_size
+
+
+@pytest.mark.parametrize("write", [export_graph, export_tensorrt_graph, write_packed])
+@pytest.mark.parametrize(
+    "module", ["layers.0.attention.query_key_value", "layers.1.mlp.experts.3.up_proj"]
+)
+def test_fp8_codes_of_nan_are_found_when_they_are_written(
+    tiny_checkpoint: Path, tmp_path: Path, module: str, write: Callable[..., Any]
+) -> None:
+    """GPUs that decode FP8 in software would take such a code for 480."""
+    name = f"model.{module}.weight"
+    with quantized(tiny_checkpoint, tmp_path, "fp8") as weights:
+        info = weights.info(name)
+        row, columns = info.shape[0] - 3, info.shape[1]
+    raw = bytearray(info.file.read_bytes())
+    raw[info.offset + row * columns + 9] = 0xFF
+    info.file.write_bytes(raw)
+    (tmp_path / "written").mkdir()
+    with CheckpointWeights.open(tmp_path / "quantized") as weights:
+        options = {"decay_index": DecayIndex.SERVING}
+        with pytest.raises(CheckpointError) as caught:
+            write(weights, tmp_path / "written", **options)
+    assert f"tensor {name} holds nan at [{row}, 9]" in str(caught.value)

@@ -101,3 +101,17 @@ def test_what_no_kernel_takes_is_refused(config: RingConfig) -> None:
     assert caught.value.hint == "use the recipe fp8, fp8-static or int8"
     with pytest.raises(ConfigError, match="8-bit KV cache"):
         check_runnable(OLD, {}, what="it", kv_cache=NumberFormat.FP8_E4M3)
+
+
+def test_experts_of_several_formats_in_a_layer(config: RingConfig) -> None:
+    """One kernel runs all experts of a layer, so these become bf16 and the others stay."""
+    schemes = dict(schemes_of("int8-weight-only", config))
+    quantized = [name for name in schemes if name.startswith("model.layers.2.mlp.experts.")]
+    del schemes["model.layers.2.mlp.experts.5.up_proj"]
+    notes = computation_notes(config, schemes, (NEW,))
+    others = sum(".mlp.experts." in name for name in schemes) - (len(quantized) - 1)
+    mixed = f"weights of {len(quantized) - 1} matrices of experts are stored in bf16"
+    assert notes == (
+        f"TensorRT: inputs of {others} matrices of experts are quantized per token",
+        f"TensorRT: {mixed}: formats differ within a layer",
+    )
