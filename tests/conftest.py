@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ringexport.settings import rest_torch_threads
 from tests.checkpoints import make_checkpoint
 
 SEED = 20261121
+
+rest_torch_threads()
+# A shell that starts tests in the background lets them ignore Ctrl-C, and so every command in them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from ringexport.errors import ConfigError
-from ringexport.settings import VARIABLES, Settings, load_settings
+from ringexport.settings import VARIABLES, Settings, load_settings, rest_torch_threads
 
 
 def test_nothing_is_required() -> None:
@@ -34,3 +35,19 @@ def test_every_variable_is_read() -> None:
 def test_bad_thread_counts_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="RINGEXPORT_THREADS"):
         load_settings({"RINGEXPORT_THREADS": value})
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_threads_of_torch_rest_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    rest_torch_threads()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -20,7 +20,7 @@ from ringexport.errors import (
     OutputError,
     RingExportError,
 )
-from ringexport.settings import load_settings
+from ringexport.settings import load_settings, rest_torch_threads
 from ringexport.version import __version__
 
 __all__ = ["cli", "main", "run_cli"]
@@ -141,6 +141,7 @@ def main() -> None:
     """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, _on_terminate)
     prepare_streams()
+    rest_torch_threads()
     code = run_cli(sys.argv[1:])
     sys.exit(code)
 

@@ -281,8 +281,11 @@ def test_kill_at_any_moment_leaves_a_whole_bundle(
     assert process.stdout.readline() == b"ready\n"
     time.sleep(delay_ms / 1000)
     os.kill(process.pid, kind)
-    process.wait(timeout=20)
-    process.stdout.close()
+    try:
+        process.wait(timeout=20)
+    finally:
+        process.kill()
+        process.stdout.close()
     EngineBundle.open(target)
     write(target, b"next")
     left = [path.name for path in tmp_path.iterdir() if path != target]
