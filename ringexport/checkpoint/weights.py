@@ -8,8 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -195,10 +196,10 @@ class CheckpointWeights:
         _check_finite(name, self.info(name).file, values)
         return values
 
-    @property
+    @cached_property
     def schemes(self) -> Mapping[str, ModuleScheme]:
         """How each quantized module is quantized, by its name; empty for a plain checkpoint."""
-        return {weight.module: weight.scheme for weight in self._encoded.values()}
+        return MappingProxyType({each.module: each.scheme for each in self._encoded.values()})
 
     def quantized(self, name: str) -> Quantized:
         """Return a quantized weight as it is stored: values are a view, as `read` gives it.

@@ -24,6 +24,7 @@ _ESTIMATE_KEYS = (
     "bundle_bytes",
     "work_bytes",
     "free_bytes",
+    "notes",
 )
 
 
@@ -181,6 +182,8 @@ def _show_estimate(app: App, terminal: "Terminal", found: "BuildEstimate", as_js
             "free on that disk": format_bytes(found.free_bytes),
         }
     )
+    for note in found.notes:
+        terminal.say(f"note: {note}")
     terminal.say("dry run: nothing was written")
 
 

@@ -46,8 +46,9 @@ def _targets() -> str:
     table = _table(("target", "recipes"), rows)
     note = (
         f"TensorRT has FP8 from sm_{FP8_ARCHITECTURE} on. On older GPUs the plugins decode FP8"
-        " themselves: static scales of inputs give way to scales per token, and FP8 modules whose"
-        " inputs are not quantized, or that fit no kernel, are stored in bf16.\n\n"
+        " themselves: static scales of inputs give way to scales per token, and FP8 modules"
+        " other than routed experts whose inputs are not quantized, or that fit no kernel, are"
+        " stored in bf16.\n\n"
     )
     return "## Targets of `build`\n\n" + table + note
 

@@ -174,7 +174,8 @@ class BlockBuilder:
             values={"expert_ids": f"expert_ids.{layer}"},
         )
         experts = [f"{prefix}.experts.{expert}" for expert in range(config.num_experts)]
-        flat = self.quantized.rounded(flat, f"{experts[0]}.gate_proj", "mlp.experts")
+        sharing = [f"{expert}.{name}" for expert in experts for name in ("gate_proj", "up_proj")]
+        flat = self.quantized.rounded(flat, sharing, "mlp.experts")
         mixed = self._mixed_experts(layer, [flat, expert_ids, routing_weights], experts)
         shape = build.node("Shape", [normed], "mlp.shape")
         return build.node("Reshape", [mixed, shape], "mlp.routed")
@@ -326,7 +327,7 @@ class BlockBuilder:
         quantized = self.quantized.projection(value, name, label, span)
         if quantized is not None:
             return quantized
-        value = self.quantized.rounded(value, name, label)
+        value = self.quantized.rounded(value, [name], label)
         matrix = initializers.transposed_projection(
             self.builder.scoped(label), self.weights, f"{name}.weight", self.dtype, rows=span
         )

@@ -17,6 +17,7 @@ from ringexport.errors import GraphError
 from ringexport.graph.builder import GraphBuilder
 from ringexport.graph.initializers import AnyArray, ComputeDtype, LazyInitializer, from_array
 from ringexport.ops.moe import INT8_EXPERTS
+from ringexport.ops.plugin_ops import is_per_row
 from ringexport.ops.projection import FP8_QUANTIZE, INT8_PROJECTION, INT8_ZERO, int8_block_size
 from ringexport.ops.quantization import GranularityKind, NumberFormat, Quantized
 from ringexport.ops.schemes import ActivationMode, ActivationScheme, ModuleScheme
@@ -25,7 +26,6 @@ __all__ = ["Emitter", "EmitterFactory", "QuantizedEmitter", "row_scales"]
 
 FLOAT = onnx.TensorProto.FLOAT
 FP8 = onnx.TensorProto.FLOAT8E4M3FN
-PER_ROW = {GranularityKind.TENSOR, GranularityKind.CHANNEL}
 
 
 class Emitter(Protocol):
@@ -45,8 +45,8 @@ class Emitter(Protocol):
     ) -> str | None:
         """Multiply a value by some rows of a module."""
 
-    def rounded(self, value: str, module: str, label: str) -> str:
-        """Round the input of a module whose product is computed from dequantized weights."""
+    def rounded(self, value: str, modules: list[str], label: str) -> str:
+        """Round the input of modules whose products are computed from dequantized weights."""
 
     def experts(self, inputs: list[str], experts: list[str], label: str, top_k: int) -> str | None:
         """Add routed experts."""
@@ -98,21 +98,24 @@ class QuantizedEmitter:
         scheme = self.scheme(module)
         if scheme is None or scheme.weights is None:
             return None
-        if scheme.weights.granularity.kind not in PER_ROW:
+        if not is_per_row(scheme):
             return None
         if scheme.weights.format is NumberFormat.INT8:
             return self._int8_projection(value, module, label, rows, output)
         return self._fp8_projection(value, module, label, rows, output)
 
-    def rounded(self, value: str, module: str, label: str) -> str:
-        """Round the input [..., in] of an FP8 module as its scheme says; of others, return it."""
-        scheme = self.scheme(module)
-        activations = scheme.activations if scheme is not None else None
-        if activations is None or activations.format is not NumberFormat.FP8_E4M3:
+    def rounded(self, value: str, modules: list[str], label: str) -> str:
+        """Round the input [..., in] of FP8 modules as their scheme says; of others, return it.
+
+        Modules that share an input and do not agree on its scheme get it as it is.
+        """
+        found = {self.weights.schemes.get(module, ModuleScheme()).activations for module in modules}
+        activations = found.pop()
+        if found or activations is None or activations.format is not NumberFormat.FP8_E4M3:
             return value
         if activations.mode is ActivationMode.STATIC:
-            return self._rounded_static(value, module, label)
-        return self._rounded_dynamic(value, module, label, activations)
+            return self._rounded_static(value, modules[0], label)
+        return self._rounded_dynamic(value, modules[0], label, activations)
 
     def experts(self, inputs: list[str], experts: list[str], label: str, top_k: int) -> str | None:
         """Add routed experts with int8 weights; None if they are not int8 in a layout of the op.
@@ -161,7 +164,7 @@ class QuantizedEmitter:
                     return False
                 if scheme.weights.format is not wanted:
                     return False
-                if scheme.weights.granularity.kind not in PER_ROW:
+                if not is_per_row(scheme):
                     return False
         return True
 
@@ -235,7 +238,7 @@ class QuantizedEmitter:
         build = self.builder
         real = build.node("Cast", [build.weight(codes)], f"{label}.real", to=FLOAT)
         matrix = build.node("Mul", [real, build.weight(scales)], f"{label}.dequantized")
-        rounded = self.rounded(value, module, label)
+        rounded = self.rounded(value, [module], label)
         return build.node("MatMul", [rounded, matrix], f"{label}.matmul", value=output)
 
     def _rounded_static(self, value: str, module: str, label: str) -> str:

@@ -85,9 +85,9 @@ class TensorRtEmitter:
             return product
         return self.builder.node("Cast", [product], f"{label}.cast", value=output, to=FLOAT)
 
-    def rounded(self, value: str, module: str, label: str) -> str:
+    def rounded(self, value: str, modules: list[str], label: str) -> str:
         """Return the value: what is not quantized by `projection` stays as it is."""
-        del module, label
+        del modules, label
         return value
 
     def experts(self, inputs: list[str], experts: list[str], label: str, top_k: int) -> str | None:

@@ -33,11 +33,7 @@ from ringexport.pipeline.packed import export_packed, is_packed, max_packed_byte
 from ringexport.pipeline.quantized import QuantizationPlan, plan_quantization, quantized_weights
 from ringexport.pipeline.request import BuildRequest, resolve, target_directory
 from ringexport.pipeline.target_io import target_io
-from ringexport.pipeline.target_schemes import (
-    check_model,
-    max_engine_bytes,
-    max_weight_bytes,
-)
+from ringexport.pipeline.target_schemes import check_model, max_engine_bytes, max_weight_bytes
 from ringexport.pipeline.tensorrt import TensorRtTarget, prepare_tensorrt
 from ringexport.progress import NoProgress, Progress
 from ringexport.quantize.run import estimate as estimate_quantization
@@ -79,6 +75,7 @@ class BuildEstimate:
         work_bytes: what the quantized checkpoint takes beside it until the bundle is complete.
         free_bytes: on the disk of the output.
         quantization: what is quantized and how.
+        notes: how targets compute quantized modules, where it is not what the recipe says.
     """
 
     build: ResolvedBuild
@@ -89,6 +86,7 @@ class BuildEstimate:
     work_bytes: int
     free_bytes: int
     quantization: QuantizationPlan
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +153,7 @@ def estimate(request: BuildRequest) -> BuildEstimate:
             work_bytes=work_bytes,
             free_bytes=shutil.disk_usage(parent).free,
             quantization=plan,
+            notes=plan.notes(weights.config),
         )
 
 

@@ -74,6 +74,10 @@ class QuantizationPlan:
             )
         return replace(self, gate=gate)
 
+    def notes(self, config: RingConfig) -> tuple[str, ...]:
+        """Say how the targets compute the modules, where it is not what their schemes say."""
+        return computation_notes(config, self.schemes, self.targets)
+
 
 def plan_quantization(
     weights: CheckpointWeights,
@@ -308,7 +312,7 @@ def _info(
         weight_bytes=_weight_bytes(exported),
         saturated={str(name): int(count) for name, count in report["saturated"].items()},
         calibration=None if stats is None else _calibration_info(stats),
-        notes=computation_notes(exported.config, plan.schemes, plan.targets),
+        notes=plan.notes(exported.config),
     )
 
 
@@ -321,7 +325,7 @@ def _stored_info(plan: QuantizationPlan, weights: CheckpointWeights) -> Quantiza
         schemes=_scheme_infos(plan.rows),
         source_bytes=size,
         weight_bytes=size,
-        notes=computation_notes(weights.config, plan.schemes, plan.targets),
+        notes=plan.notes(weights.config),
     )
 
 

@@ -1,11 +1,16 @@
 """What a target makes of quantized modules: refusals with alternatives, and honest notes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ringexport.checkpoint import RingConfig
 from ringexport.engine.target import FP8_ARCHITECTURE, EngineTarget
 from ringexport.errors import ConfigError
-from ringexport.ops.plugin_ops import ProjectionForm, experts_fit_plugin, projection_form
+from ringexport.ops.plugin_ops import (
+    ProjectionForm,
+    experts_fit_plugin,
+    is_per_row,
+    projection_form,
+)
 from ringexport.ops.projection import int8_block_size
 from ringexport.ops.quantization import GranularityKind, NumberFormat
 from ringexport.ops.schemes import ActivationMode, ActivationScheme, ModuleScheme, StateFormat
@@ -20,7 +25,6 @@ __all__ = [
     "max_weight_bytes",
 ]
 
-_PER_ROW = frozenset({GranularityKind.TENSOR, GranularityKind.CHANNEL})
 _HEAD_DIMS = (64, 128)
 _EXPERTS = ".mlp.experts."
 _ENGINE_BYTES_PER_LAYER = 8 << 20
@@ -88,7 +92,7 @@ def check_runnable(
 
 def _check_tensorrt(target: str, name: str, scheme: ModuleScheme, what: str) -> None:
     """Refuse a module that neither the plugins nor TensorRT's own layers run."""
-    if scheme.weights is not None and scheme.weights.granularity.kind not in _PER_ROW:
+    if scheme.weights is not None and not is_per_row(scheme):
         raise ConfigError(
             f"{what} quantizes the weights of {name} per {scheme.weights.granularity}, and the"
             f" target {target} takes scales per channel",
@@ -133,8 +137,9 @@ def _engine_notes(
         is_static = inputs is not None and inputs.mode is ActivationMode.STATIC
         layer, is_expert, _ = module.name.partition(_EXPERTS)
         if is_expert:
+            is_per_token = inputs is not None and inputs.granularity.kind is GranularityKind.TOKEN
             mixed += layer in mixed_layers
-            experts += layer not in mixed_layers and (inputs is None or is_static)
+            experts += layer not in mixed_layers and not is_per_token
             continue
         form = projection_form(scheme, module.shape[1], module.shape[0], has_fp8=engine.has_fp8)
         is_dequantized = form is ProjectionForm.DEQUANTIZED
@@ -163,29 +168,55 @@ def _engine_notes(
 
 
 def _mixed_layers(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> frozenset[str]:
-    """Return the layers whose experts are not all in one format: one kernel runs all of a layer."""
+    """Return the layers whose experts are not all in one format: one kernel runs all of a layer.
+
+    Weights that do not have scales per row count as not quantized: no such kernel takes them.
+    """
     formats: dict[str, set[NumberFormat | None]] = {}
+    for layer, _, scheme in _expert_schemes(config, schemes):
+        found = scheme.weights.format if scheme.weights and is_per_row(scheme) else None
+        formats.setdefault(layer, set()).add(found)
+    return frozenset(layer for layer, several in formats.items() if len(several) > 1)
+
+
+def _unrounded_layers(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> frozenset[str]:
+    """Return the layers whose experts do not agree on how their shared input is rounded."""
+    inputs: dict[str, set[ActivationScheme | None]] = {}
+    for layer, name, scheme in _expert_schemes(config, schemes):
+        if not name.endswith("down_proj"):
+            inputs.setdefault(layer, set()).add(scheme.activations)
+    return frozenset(layer for layer, found in inputs.items() if len(found) > 1)
+
+
+def _expert_schemes(
+    config: RingConfig, schemes: Mapping[str, ModuleScheme]
+) -> Iterator[tuple[str, str, ModuleScheme]]:
+    """Yield layer, name within it and scheme of each matrix of an expert."""
     for module in quantizable_modules(config):
-        layer, is_expert, _ = module.name.partition(_EXPERTS)
+        layer, is_expert, name = module.name.partition(_EXPERTS)
         if is_expert:
-            weights = schemes.get(module.name, ModuleScheme()).weights
-            formats.setdefault(layer, set()).add(None if weights is None else weights.format)
-    return frozenset(layer for layer, found in formats.items() if len(found) > 1)
+            yield layer, name, schemes.get(module.name, ModuleScheme())
 
 
 def _onnxruntime_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> tuple[str, ...]:
-    int8, folded, rounded, experts = 0, 0, 0, 0
+    int8 = folded = rounded = plain = experts = 0
+    native_modules = _native_modules(config, schemes)
+    unrounded_layers = _unrounded_layers(config, schemes)
     for module in quantizable_modules(config):
         scheme = schemes.get(module.name, ModuleScheme())
         if scheme.weights is None:
             continue
-        native = _is_native(scheme, module.shape)
+        native = module.name in native_modules
         folded += not native
         if scheme.weights.format is NumberFormat.INT8:
             int8 += native
         elif scheme.activations is not None:
-            rounded += 1
-            experts += ".experts." in module.name and module.name.endswith("down_proj")
+            layer, is_expert, _ = module.name.partition(_EXPERTS)
+            is_down = bool(is_expert) and module.name.endswith("down_proj")
+            differ = bool(is_expert) and not is_down and layer in unrounded_layers
+            rounded += not differ
+            plain += differ
+            experts += is_down
     notes = []
     if int8:
         notes.append(
@@ -195,6 +226,11 @@ def _onnxruntime_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) 
         notes.append(
             f"{rounded} modules: weights FP8, inputs rounded to FP8, products computed in fp32"
             + (f"; the inputs of the {experts} down_proj of experts not" if experts else "")
+        )
+    if plain:
+        notes.append(
+            f"{plain} modules: inputs are not rounded to FP8: schemes of experts differ within a"
+            " layer"
         )
     if folded:
         notes.append(f"{folded} modules: quantized weights are stored dequantized, in fp32")
@@ -232,22 +268,35 @@ def max_engine_bytes(config: RingConfig) -> int:
 def max_weight_bytes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> int:
     """Return what all weights take in a graph of onnxruntime:cpu at most."""
     total = _PLAIN_BYTES * config.num_parameters
+    native_modules = _native_modules(config, schemes)
     for module in quantizable_modules(config):
-        scheme = schemes.get(module.name)
-        if scheme is None or scheme.weights is None or not _is_native(scheme, module.shape):
+        weights = schemes.get(module.name, ModuleScheme()).weights
+        if weights is None or module.name not in native_modules:
             continue
-        int8 = scheme.weights.format is NumberFormat.INT8
+        int8 = weights.format is NumberFormat.INT8
         saved = _PLAIN_BYTES - (_INT8_BYTES if int8 else _FP8_BYTES)
         total -= int(saved * module.shape[0] * module.shape[1])
     return total
 
 
-def _is_native(scheme: ModuleScheme, shape: tuple[int, int]) -> bool:
-    """Tell whether the graph keeps the codes of a module."""
-    weights = scheme.weights
-    if weights is None or weights.granularity.kind not in _PER_ROW:
-        return False
-    return weights.format is not NumberFormat.INT8 or int8_block_size(shape[1]) is not None
+def _native_modules(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> frozenset[str]:
+    """Return the modules whose codes a graph of onnxruntime:cpu keeps.
+
+    One op runs the experts of a layer: it takes the codes of all of them or of none.
+    """
+    mixed_layers = _mixed_layers(config, schemes)
+    expert_block = int8_block_size(config.hidden_size, config.moe_intermediate_size)
+    native = set()
+    for module in quantizable_modules(config):
+        scheme = schemes.get(module.name, ModuleScheme())
+        if scheme.weights is None or not is_per_row(scheme):
+            continue
+        layer, is_expert, _ = module.name.partition(_EXPERTS)
+        block = expert_block if is_expert else int8_block_size(module.shape[1])
+        fits = scheme.weights.format is not NumberFormat.INT8 or block is not None
+        if fits and not (is_expert and layer in mixed_layers):
+            native.add(module.name)
+    return frozenset(native)
 
 
 def _is_dynamic_tensor(inputs: ActivationScheme) -> bool:

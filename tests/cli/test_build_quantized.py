@@ -197,14 +197,19 @@ def test_a_calibration_that_nothing_needs_is_not_run(
         assert "calibrate:" not in called.err
 
 
+INT8_NOTE = "int8 products; inputs are quantized to int8 per block of at most 64"
+
+
 def test_dry_run_shows_the_modules(call: Call, tiny_checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["build", tiny_checkpoint, "-o", tmp_path / "q", "--recipe", "int8", "--dry-run"]
-    shown = call(*arguments).out
+    called = call(*arguments)
     for text in ("routed_experts", "int8 channel", "as they are", "SmoothQuant", "work folder"):
-        assert text in shown
+        assert text in called.out
     found = call(*arguments, "--json").json
     assert sum(row["modules"] for row in found["schemes"]) == 275
     assert found["needs_calibration"] == ["SmoothQuant"]
+    assert [note.partition(": ")[2] for note in found["notes"]] == [INT8_NOTE]
+    assert f"modules: {INT8_NOTE}" in called.err
     assert 0 < found["work_bytes"] < found["source_bytes"]
     assert list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,7 @@ from ringexport.errors import CheckpointError
 from ringexport.graph.export import export_graph
 from ringexport.graph.lower_tensorrt import export_tensorrt_graph
 from ringexport.ops.decay import DecayIndex
+from ringexport.ops.schemes import ModuleScheme
 from ringexport.packing.writer import write_packed
 from ringexport.quantize.run import quantize_checkpoint
 from ringexport.quantize.shipped import load_recipe
@@ -106,3 +107,11 @@ def test_fp8_codes_of_nan_are_found_when_they_are_written(
         with pytest.raises(CheckpointError) as caught:
             write(weights, tmp_path / "written", **options)
     assert f"tensor {name} holds nan at [{row}, 9]" in str(caught.value)
+
+
+def test_schemes_are_listed_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Emitters ask for one of each module: a list for every question would be quadratic."""
+    with quantized(tiny_checkpoint, tmp_path, "fp8") as weights:
+        assert weights.schemes is weights.schemes
+        with pytest.raises(TypeError):
+            weights.schemes["lm_head"] = ModuleScheme()  # type: ignore[index]
