@@ -331,15 +331,12 @@ struct ExpertsAttributes {
 };
 static_assert(fits_contract<ExpertsAttributes>(kRingExperts));
 
-struct QuantizedExpertsAttributes {
-  int32_t num_experts;
-  int32_t top_k;
+struct QuantizedExpertsAttributes : ExpertsAttributes {
   Flag fp8_bytes;
 
   static constexpr auto fields() {
-    return std::make_tuple(field("num_experts", &QuantizedExpertsAttributes::num_experts),
-                           field("top_k", &QuantizedExpertsAttributes::top_k),
-                           field("fp8_bytes", &QuantizedExpertsAttributes::fp8_bytes));
+    return std::tuple_cat(ExpertsAttributes::fields(),
+                          std::make_tuple(field("fp8_bytes", &QuantizedExpertsAttributes::fp8_bytes)));
   }
 };
 static_assert(fits_contract<QuantizedExpertsAttributes>(kRingQuantizedExperts));
@@ -480,34 +477,6 @@ std::vector<OpEntry> const& op_table() {
       entry<ProjectionOp, kRingQuantizedProjection, ProjectionAttributes>(),
   };
   return table;
-}
-
-void check(OpContract const& contract, ringkernels::Status const& status) {
-  if (!status.ok()) {
-    throw PluginError(std::string(contract.name) + ": the kernel refuses " + status.field + " = " +
-                      std::to_string(status.got) + ", expected " + status.expected);
-  }
-}
-
-void check_cuda(OpContract const& contract, char const* what, cudaError_t error) {
-  if (error != cudaSuccess) {
-    throw PluginError(std::string(contract.name) + ": cannot " + what + ": " + cudaGetErrorString(error));
-  }
-}
-
-void clear(OpContract const& contract, void* workspace, size_t bytes, cudaStream_t stream) {
-  if (bytes > 0) {
-    check_cuda(contract, "clear the workspace", cudaMemsetAsync(workspace, 0, bytes, stream));
-  }
-}
-
-void carry_over(OpContract const& contract, Call const& call, int32_t output, size_t bytes, cudaStream_t stream) {
-  auto const& target = call.outputs[static_cast<size_t>(output)];
-  auto const& source = call.inputs[static_cast<size_t>(contract.outputs[output].alias)];
-  if (target.data != source.data) {
-    check_cuda(contract, "copy the state",
-               cudaMemcpyAsync(target.data, source.data, bytes, cudaMemcpyDeviceToDevice, stream));
-  }
 }
 
 }  // namespace ringplugins
