@@ -30,26 +30,40 @@ ROUTER_TOKENS = (1, 8, 16, 64, 256, 1024, 4096)
 FORMATS = ("fp8-channel", "fp8-block", "int8-channel", "bf16-none")
 
 
-def _router_calls(tokens: int, *, norm: bool) -> list[KernelCall]:
+def _router_activations(tokens: int, *, norm: bool) -> dict[str, Any]:
+    fields = ROUTING | {
+        "hidden": torch.randn(
+            tokens, HIDDEN, device="cuda", dtype=torch.float32 if norm else torch.bfloat16
+        ),
+        "hidden_dtype": DType.FLOAT32 if norm else DType.BFLOAT16,
+        "tokens": tokens,
+        "hidden_size": HIDDEN,
+        "expert_ids": torch.empty(tokens, TOP_K, dtype=torch.int32, device="cuda"),
+        "norm_eps": EPS,
+        "routing_weights": torch.empty(tokens, TOP_K, device="cuda"),
+        "programmatic_launch": 1,
+    }
+    return fields | workspace("router", **fields)
+
+
+def _router_calls(tokens: int, *, norm: bool, cold: bool = False) -> list[KernelCall]:
+    """Return a call for each of many layers, whose weights no cache holds.
+
+    As in an engine the hidden state is in the L2 and the workspace serves all layers; `cold`: they
+    are in no cache either.
+    """
+    activations = _router_activations(tokens, norm=norm)
     calls = []
     for _ in range(rotating(EXPERTS * HIDDEN * 4) if tokens < 1024 else 4):
-        fields: dict[str, Any] = ROUTING | {
+        fields = activations | {
             "router_weight": torch.randn(EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5,
             "expert_bias": torch.randn(EXPERTS, device="cuda") * 0.1,
-            "hidden": torch.randn(
-                tokens, HIDDEN, device="cuda", dtype=torch.float32 if norm else torch.bfloat16
-            ),
-            "hidden_dtype": DType.FLOAT32 if norm else DType.BFLOAT16,
-            "tokens": tokens,
-            "hidden_size": HIDDEN,
-            "expert_ids": torch.empty(tokens, TOP_K, dtype=torch.int32, device="cuda"),
-            "norm_eps": EPS,
-            "routing_weights": torch.empty(tokens, TOP_K, device="cuda"),
-            "programmatic_launch": 1,
         }
         if norm:
             fields["norm_weight"] = torch.rand(HIDDEN, device="cuda") + 0.5
-        calls.append(library().call("router", **fields, **workspace("router", **fields)))
+        calls.append(library().call("router", **fields))
+        if cold:
+            activations = _router_activations(tokens, norm=norm)
     return calls
 
 
@@ -61,17 +75,25 @@ def _launch_all(calls: list[KernelCall]) -> list[Any]:
 
 def _router_rows(tokens_timed: Iterable[int]) -> Iterator[dict[str, Any]]:
     for tokens in tokens_timed:
-        us = median_us(_launch_all(_router_calls(tokens, norm=tokens <= 8)))
-        flop, nbytes = 2 * tokens * EXPERTS * HIDDEN, 4 * EXPERTS * HIDDEN
-        rate, products = nbytes / us / 1e6, flop / us / 1e6
-        by_bytes = rate / READ_TB_S > products / FP32_TFLOP_S
-        yield {
-            "op": "router",
-            "shape": f"{tokens:,} tokens",
-            "us": us,
-            **({"TB/s": rate} if by_bytes else {"TFLOP/s": products}),
-            "fraction": max(rate / READ_TB_S, products / FP32_TFLOP_S),
-        }
+        norm = tokens <= 8
+        yield _router_row(f"{tokens:,} tokens", tokens, _router_calls(tokens, norm=norm))
+        if tokens == 1:
+            calls = _router_calls(tokens, norm=norm, cold=True)
+            yield _router_row("1 tokens, hidden state in no cache", tokens, calls)
+
+
+def _router_row(shape: str, tokens: int, calls: list[KernelCall]) -> dict[str, Any]:
+    us = median_us(_launch_all(calls))
+    flop, nbytes = 2 * tokens * EXPERTS * HIDDEN, 4 * EXPERTS * HIDDEN
+    rate, products = nbytes / us / 1e6, flop / us / 1e6
+    by_bytes = rate / READ_TB_S > products / FP32_TFLOP_S
+    return {
+        "op": "router",
+        "shape": shape,
+        "us": us,
+        **({"TB/s": rate} if by_bytes else {"TFLOP/s": products}),
+        "fraction": max(rate / READ_TB_S, products / FP32_TFLOP_S),
+    }
 
 
 class _ExpertsBench:

@@ -348,6 +348,29 @@ def test_prefill_no_bias() -> None:
     case.check(0, case.past[0])
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "lengths"),
+    [
+        (16, 128, [32768]),
+        (1, 128, [9000]),
+        (1, 64, [70_000]),
+        (5, 64, [3000, 0, 640, 1]),
+        (33, 128, [4000, 513]),
+        (16, 128, [2100, 1300, 1, 1700]),
+    ],
+)
+def test_prefill_shares(heads: int, dim: int, lengths: list[int]) -> None:
+    """Whatever is forgotten when, blocks of equal work add up what every segment needs."""
+    chunks = torch.randint(1, 80, (heads,), generator=torch.Generator().manual_seed(heads))
+    chunks[0] = 100_000
+    decay = (-22 / (64 * chunks)).float().cuda()
+    case = Case(heads=heads, dim=dim, dtype=torch.bfloat16, lengths=lengths, log_decay=decay)
+    case.prefill()
+    for row, length in enumerate(lengths):
+        if length > 0:
+            case.check(row, case.past[row])
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("split", [1, 64, 500, 1001])
 def test_prefill_in_parts(split: int, dtype: torch.dtype) -> None:
@@ -427,7 +450,7 @@ def test_refused(op: str, change: dict[str, Any], field: str) -> None:
     fields = case.fields
     if op.endswith("prefill"):
         lengths = torch.ones(1, dtype=torch.int32, device="cuda")
-        room = torch.zeros(1 << 25, dtype=torch.uint8, device="cuda")
+        room = torch.zeros(1 << 26, dtype=torch.uint8, device="cuda")
         fields |= {"lengths": lengths, "max_length": 4096}
         fields |= {"workspace": room, "workspace_bytes": room.numel()}
     library().call(op, **fields)

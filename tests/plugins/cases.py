@@ -41,6 +41,8 @@ class PluginCase:
         inputs, outputs: arrays in the order of the contract; outputs are what is expected.
         used: for each output, which elements are defined; all if it is not named.
         exact: outputs that have to be equal.
+        rounding: for each output, the largest error of this call with products rounded to the
+            activation dtype before they are quantized again, as torch does it; 0 if not named.
     """
 
     op: str
@@ -49,6 +51,7 @@ class PluginCase:
     outputs: list[Array]
     used: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
+    rounding: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path, library: Path, *lines: str) -> Path:
         """Write the files that plugin_driver reads, and return the case file."""
@@ -231,8 +234,27 @@ def _codes(
     return codes.astype(number_format.dtype), scale[..., 0].astype(np.float32)
 
 
+def _rounding(
+    hidden: Array,
+    routing: tuple[Array, npt.NDArray[np.float32]],
+    matrices: tuple[tuple[Array, npt.NDArray[np.float32]], ...],
+    output: npt.NDArray[np.float32],
+) -> float:
+    """Return the error of quantized experts whose products are rounded to the type of `hidden`."""
+    rounded = np.zeros_like(output)
+    (gate_up, gate_up_scale), (down, down_scale) = matrices
+    for expert in range(len(down)):
+        tokens, slots = np.nonzero(routing[0] == expert)
+        both = quantized_projection(_f32(hidden)[tokens], gate_up[expert], gate_up_scale[expert])
+        gate, up = both[:, 0::2], both[:, 1::2]
+        inner = _f32((gate / (1 + np.exp(-gate)) * up).astype(hidden.dtype))
+        made = quantized_projection(inner, down[expert], down_scale[expert]).astype(hidden.dtype)
+        np.add.at(rounded, tokens, routing[1][tokens, slots][:, None] * _f32(made))
+    return float(np.abs(rounded - output).max())
+
+
 def _quantized_experts(
-    tokens: int, number_format: NumberFormat, *, fp8_bytes: bool = False
+    tokens: int, number_format: NumberFormat, *, fp8_bytes: bool = False, rounded: bool = False
 ) -> Callable[[Rng, np.dtype[np.generic]], PluginCase]:
     def make(rng: Rng, dtype: np.dtype[np.generic]) -> PluginCase:
         count, width, inner = ROUTING.num_experts, 256, 64
@@ -240,7 +262,9 @@ def _quantized_experts(
         ids, weights = _routed(rng, tokens)
         gate_up = _codes(rng, number_format, count, 2 * inner, width)
         down = _codes(rng, number_format, count, width, inner)
-        output = quantized_experts(_f32(hidden), (ids, _f32(weights)), gate_up, down)
+        routing = (ids, _f32(weights))
+        output = quantized_experts(_f32(hidden), routing, gate_up, down)
+        rounding = _rounding(hidden, routing, (gate_up, down), output) if rounded else 0.0
         if fp8_bytes:
             gate_up, down = ((codes.view(np.int8), scale) for codes, scale in (gate_up, down))
         return PluginCase(
@@ -252,6 +276,7 @@ def _quantized_experts(
             },
             inputs=[hidden, ids, weights, *gate_up, *down],
             outputs=[output.astype(dtype)],
+            rounding={"output": rounding},
         )
 
     return make
@@ -290,10 +315,13 @@ CASES: dict[str, Callable[[Rng, np.dtype[np.generic]], PluginCase]] = {
     "experts-600": _experts(600),
     "experts-int8-1": _quantized_experts(1, INT8),
     "experts-int8-70": _quantized_experts(70, INT8),
+    "experts-int8-600": _quantized_experts(600, INT8, rounded=True),
     "experts-fp8-1": _quantized_experts(1, FP8),
     "experts-fp8-70": _quantized_experts(70, FP8),
+    "experts-fp8-600": _quantized_experts(600, FP8, rounded=True),
     "experts-fp8-bytes-1": _quantized_experts(1, FP8, fp8_bytes=True),
     "experts-fp8-bytes-70": _quantized_experts(70, FP8, fp8_bytes=True),
+    "experts-fp8-bytes-600": _quantized_experts(600, FP8, fp8_bytes=True, rounded=True),
     "projection-int8-1": _projection(1, INT8),
     "projection-int8-70": _projection(70, INT8),
     "projection-fp8-1": _projection(1, FP8),

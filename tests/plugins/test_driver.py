@@ -221,6 +221,8 @@ def test_plugin_matches_the_contract(
             continue
         largest = np.abs(theirs).max()
         is_fp32 = expected.dtype == np.float32
-        bound = STATE_RTOL * 8 if is_fp32 else MAX_ULPS * ULPS[dtype]
+        relative = STATE_RTOL * 8 if is_fp32 else MAX_ULPS * ULPS[dtype]
+        # Products of many tokens wait in 16 bits, where a few round to another code: level L2.
+        bound = relative * largest + 2 * case.rounding.get(output, 0.0)
         worst = np.abs(mine - theirs).max()
-        assert worst <= bound * largest, f"{output}: {worst:g} of {largest:g}, bound {bound:g}"
+        assert worst <= bound, f"{output}: {worst:g} of {largest:g}, bound {bound:g}"

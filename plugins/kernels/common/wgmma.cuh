@@ -244,16 +244,19 @@ struct TileRing {
   uint32_t full;
   uint32_t empty;
 
-  // The copying warpgroup: load(tile, stage) starts its copies. It announces a tile kLag tiles later, when
-  // they have arrived. Two stages less than the ring: those who compute look one tile ahead before they
-  // release the one they work on.
-  template <typename Load>
-  __device__ __forceinline__ void produce(int tiles, const Load& load) const {
+  // The copying warpgroup, as long as more(tile): load(tile, stage) starts its copies. It announces a tile
+  // kLag tiles later, when they have arrived. Two stages less than the ring: those who compute look one tile
+  // ahead before they release the one they work on.
+  template <typename More, typename Load>
+  __device__ __forceinline__ void produce_while(const More& more, const Load& load) const {
     constexpr int kLag = kStages - 2;
-    for (int tile = 0; tile < tiles + kLag; ++tile) {
-      if (tile < tiles) {
+    int after = 0;  // the last tile
+    for (int tile = 0; after < kLag; ++tile) {
+      if (after == 0 && more(tile)) {
         barrier_wait(empty + 8 * (tile % kStages), (tile / kStages & 1) ^ 1);
         load(tile, tile % kStages);
+      } else {
+        ++after;
       }
       mma_tile::copy_commit();
       if (tile >= kLag) {
@@ -262,6 +265,10 @@ struct TileRing {
         barrier_arrive(full + 8 * ((tile - kLag) % kStages));
       }
     }
+  }
+  template <typename Load>
+  __device__ __forceinline__ void produce(int tiles, const Load& load) const {
+    produce_while([&](int tile) { return tile < tiles; }, load);
   }
   __device__ __forceinline__ void wait(int tile) const {
     barrier_wait(full + 8 * (tile % kStages), tile / kStages & 1);

@@ -16,28 +16,23 @@ namespace {
 
 constexpr int64_t kChunkTokens = 64;
 constexpr int64_t kMinSegmentTokens = 4 * kChunkTokens;  // below, the state costs more than it saves
-constexpr int64_t kMinPartTokens = 16 * kChunkTokens;
-constexpr int64_t kMaxParts = 4;
-// Blocks that fill a large GPU: one on each SM of Hopper, two elsewhere.
-constexpr int64_t kHopperBlocks = 132, kBlocks = 264;
 
 int64_t divide_up(int64_t dividend, int64_t divisor) { return (dividend + divisor - 1) / divisor; }
 
 PrefillPlan plan_prefill(const LinearAttentionPrefillParams& params, bool hopper) {
   const int64_t heads = std::max<int64_t>(1, (int64_t)params.batch * params.num_heads);
-  const int64_t wanted = std::max<int64_t>(1, (hopper ? kHopperBlocks : kBlocks) / heads);
+  const int64_t wanted = std::max<int64_t>(1, (hopper ? kHopperShares : kShares) / heads);
   const int64_t length = std::max<int64_t>(1, params.max_length);
   const int64_t each = std::max(kMinSegmentTokens, divide_up(length, wanted));
-  // Heads forget at different speeds: with several parts a segment, the slow ones' work spreads over more
-  // blocks.
-  const int64_t parts = hopper ? std::clamp<int64_t>(each / kMinPartTokens, 1, kMaxParts) : 1;
-  const int64_t part_tokens = divide_up(each, parts * kChunkTokens) * kChunkTokens;
-  return PrefillPlan{(int32_t)divide_up(length, parts * part_tokens), (int32_t)parts, (int32_t)part_tokens,
-                     hopper, 0};
+  const int64_t segment_tokens = divide_up(each, kChunkTokens) * kChunkTokens;
+  return PrefillPlan{(int32_t)divide_up(length, segment_tokens), (int32_t)segment_tokens, hopper, 0};
 }
 
-// States in the workspace.
-int64_t packed_states(const PrefillPlan& plan) { return plan.segments > 1 ? plan.segments * plan.parts : 0; }
+// States in the workspace: at the start of every segment, and what every run adds.
+int64_t packed_states(const PrefillPlan& plan, int64_t heads) {
+  if (plan.segments == 1) return 0;
+  return heads * (2 * plan.segments - 1) + (plan.hopper ? kHopperShares : kShares);
+}
 
 struct Device {
   int major = 0, minor = 0, shared_bytes = 0;
@@ -98,20 +93,18 @@ Status validate(const LinearAttentionPrefillParams& params) {
 
 size_t workspace_bytes(const LinearAttentionPrefillParams& params) {
   // Enough for either plan: an engine may be sized on another machine than it runs on.
-  const int64_t states =
-      std::max(linear_attention::packed_states(linear_attention::plan_prefill(params, false)),
-               linear_attention::packed_states(linear_attention::plan_prefill(params, true)));
   const int64_t heads = std::max<int64_t>(0, (int64_t)params.batch * params.num_heads);
-  return (size_t)(heads * states * params.head_dim * params.head_dim) * sizeof(float);
+  const int64_t states =
+      std::max(linear_attention::packed_states(linear_attention::plan_prefill(params, false), heads),
+               linear_attention::packed_states(linear_attention::plan_prefill(params, true), heads));
+  return (size_t)(states * params.head_dim * params.head_dim) * sizeof(float);
 }
 
 size_t max_workspace_bytes(const LinearAttentionPrefillParams& params) {
   using namespace linear_attention;
   if (params.max_length <= kMinSegmentTokens) return 0;
-  // heads * segments is at most the number of blocks, and several segments are half a row at most.
-  const int64_t parts = std::clamp<int64_t>(divide_up(params.max_length, 2) / kMinPartTokens, 1, kMaxParts);
-  const int64_t states = std::max(kBlocks, kHopperBlocks * parts);
-  return (size_t)(states * params.head_dim * params.head_dim) * sizeof(float);
+  // heads * segments is at most the number of shares.
+  return (size_t)(3 * kShares * params.head_dim * params.head_dim) * sizeof(float);
 }
 
 Status launch(const LinearAttentionPrefillParams& params, Stream stream) {

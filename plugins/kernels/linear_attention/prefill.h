@@ -6,12 +6,15 @@
 namespace ringkernels {
 namespace linear_attention {
 
+// Blocks of segment_kernel: rows are cut into segments if they and their heads are fewer than half of them.
+// On Hopper one block is on each SM, elsewhere there are two on a large GPU.
+constexpr int kHopperShares = 132, kShares = 264;
+
 struct PrefillPlan {
-  int32_t segments;     // of the longest row
-  int32_t parts;        // of a segment, each by its own block of segment_kernel
-  int32_t part_tokens;  // a multiple of the chunk
-  bool hopper;          // the kernels with wgmma
-  size_t shared_bytes;  // that a block may have
+  int32_t segments;        // of the longest row
+  int32_t segment_tokens;  // a multiple of the chunk
+  bool hopper;             // the kernels with wgmma
+  size_t shared_bytes;     // that a block may have
 };
 
 template <typename T>

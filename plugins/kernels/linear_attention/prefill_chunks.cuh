@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_kernel(const __grid_constan
   if (args.segments == 1) wait_for_previous_kernel();
   allow_next_kernel();
   const Row row = locate_row(params, blockIdx.z);
-  const int start = segment * args.segment_tokens(), end = min(start + args.segment_tokens(), row.length);
+  const int start = segment * args.segment_tokens, end = min(start + args.segment_tokens, row.length);
   if (start >= end) return;
 
   const float log_decay = params.log_decay[head];

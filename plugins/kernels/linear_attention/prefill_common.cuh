@@ -26,11 +26,8 @@ constexpr int kThreads = kWarps * 32;
 // The parameters, and how rows are cut.
 struct PrefillArgs {
   LinearAttentionPrefillParams params;
-  int32_t segments;     // of the longest row
-  int32_t parts;        // of a segment, each by its own block of segment_kernel
-  int32_t part_tokens;  // a multiple of kChunk
-
-  __device__ int segment_tokens() const { return parts * part_tokens; }
+  int32_t segments;        // of the longest row
+  int32_t segment_tokens;  // a multiple of kChunk
 };
 
 // Where a row is. A row without work has length 0.
@@ -49,11 +46,16 @@ __device__ __forceinline__ Row locate_row(const LinearAttentionPrefillParams& pa
   return found;
 }
 
+// The workspace: states at the start of every segment, then what every run adds.
 template <int kDim>
 __device__ __forceinline__ float* segment_state(const PrefillArgs& args, int segment, int head, int row) {
-  const int64_t index =
-      (((int64_t)row * args.params.num_heads + head) * args.segments + segment) * args.parts;
+  const int64_t index = ((int64_t)row * args.params.num_heads + head) * args.segments + segment;
   return static_cast<float*>(args.params.workspace) + index * kDim * kDim;
+}
+
+template <int kDim>
+__device__ __forceinline__ float* run_state(const PrefillArgs& args, int slot) {
+  return segment_state<kDim>(args, 0, 0, args.params.batch) + (int64_t)slot * kDim * kDim;
 }
 
 // Tokens at the end of a segment that decide the state after it, in whole chunks. A token that has decayed
@@ -62,37 +64,6 @@ __device__ __forceinline__ int remembered_tokens(float log_decay, int segment_to
   constexpr float kNegligible = 22.18f;                 // -log(2^-32)
   const float tokens = kNegligible / fabsf(log_decay);  // infinite without decay
   return tokens < segment_tokens ? min(((int)tokens / kChunk + 1) * kChunk, segment_tokens) : segment_tokens;
-}
-
-// The part of a segment that a block of segment_kernel works on: grid x = segment * parts + part, y = head
-// from the last, whose decay is the slowest and whose blocks have the most to do.
-struct Part {
-  int segment, head;
-  int64_t first;  // token in N
-  int chunks;     // 0: nothing to do
-  float log_decay;
-};
-
-__device__ __forceinline__ Part locate_part(const PrefillArgs& args) {
-  Part found;
-  const Row row = locate_row(args.params, blockIdx.z);
-  const int part = blockIdx.x % args.parts;
-  found.segment = blockIdx.x / args.parts;
-  found.head = args.params.num_heads - 1 - blockIdx.y;
-  found.log_decay = args.params.log_decay[found.head];
-  const int end = found.segment * args.segment_tokens() + (part + 1) * args.part_tokens;
-  const int after = (args.parts - 1 - part) * args.part_tokens;  // tokens of the segment behind this part
-  const int tokens = min(remembered_tokens(found.log_decay, args.segment_tokens()) - after, args.part_tokens);
-  found.chunks = end + after < row.length ? max(tokens, 0) / kChunk : 0;
-  found.first = row.first + end - tokens;
-  return found;
-}
-
-// Where its result goes: what it adds to the state at its end.
-template <int kDim>
-__device__ __forceinline__ float* part_state(const PrefillArgs& args, const Part& part) {
-  return segment_state<kDim>(args, part.segment, part.head, blockIdx.z) +
-         blockIdx.x % args.parts * kDim * kDim;
 }
 
 // Copies kChunk rows of a head into a tile; rows from `valid` on become zero.

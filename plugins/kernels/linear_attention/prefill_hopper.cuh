@@ -7,7 +7,7 @@
 #pragma once
 
 #include "common/wgmma.cuh"
-#include "linear_attention/prefill_common.cuh"
+#include "linear_attention/prefill_shares.cuh"
 
 namespace ringkernels {
 namespace linear_attention {
@@ -23,26 +23,53 @@ constexpr uint32_t kHalfBytes = kChunk * 128;  // 64 tokens x 64 dimensions
 constexpr uint32_t kTileBytes = 2 * kHalfBytes;
 constexpr int kChunkStages = 4;
 constexpr int kSegmentStages = 6;
-enum NamedBarrier { kScoresWritten = 1, kOutputWritten = 2 };  // the second has one for each warpgroup
+// Of the segment kernel, and of the chunk kernel: there the second has one for each warpgroup.
+enum SegmentBarrier { kWeightsWritten = 1 };
+enum ChunkBarrier { kScoresWritten = 1, kOutputWritten = 2 };
 
-struct Tables {
+template <int kStages>
+struct Barriers {
+  uint64_t full[kStages];
+  uint64_t empty[kStages];
+
+  __device__ __forceinline__ TileRing<kStages> ring() {
+    return {shared_address(full), shared_address(empty)};
+  }
+  // By one thread, before the block meets.
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(shared_address(&full[i]), 128);
+      barrier_init(shared_address(&empty[i]), kComputeWarps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+};
+
+// Behind the tiles of each kernel.
+struct SegmentTables {
+  SplitWeights weights[2][kChunk / 2];  // of a run, and of the one before
+  Barriers<kSegmentStages> barriers;
+  Line<kHopperShares> line;
+};
+struct ChunkTables {
   SplitWeights weights[2][kChunk / 2];  // of a full chunk, and of the last one
   float2 score_powers[2 * kChunk];  // query_scale * decay^(n - kChunk) and of one less, 0 for what is above
   float state_powers[kChunk];       // decay^(n + 1), times query_scale unless the state has it
-  uint64_t full[kSegmentStages];
-  uint64_t empty[kSegmentStages];
+  Barriers<kChunkStages> barriers;
 };
 
-template <int kStages, int kTiles>
-struct Shared {
-  static constexpr uint32_t kStageBytes = kTiles * kTileBytes;
-  static constexpr uint32_t kScores = kStages * kStageBytes;     // two buffers of half a tile
-  static constexpr uint32_t kOutput = kScores + 2 * kHalfBytes;  // half a tile per warpgroup
-  static constexpr uint32_t kTables = kTiles == 3 ? kOutput + 2 * kHalfBytes : kScores;
-  static constexpr size_t kBytes = kTables + sizeof(Tables);
+struct SegmentShared {
+  static constexpr uint32_t kStageBytes = 2 * kTileBytes;
+  static constexpr uint32_t kTables = kSegmentStages * kStageBytes;
+  static constexpr size_t kBytes = kTables + sizeof(SegmentTables);
 };
-using ChunkShared = Shared<kChunkStages, 3>;
-using SegmentShared = Shared<kSegmentStages, 2>;
+struct ChunkShared {
+  static constexpr uint32_t kStageBytes = 3 * kTileBytes;
+  static constexpr uint32_t kScores = kChunkStages * kStageBytes;  // two buffers of half a tile
+  static constexpr uint32_t kOutput = kScores + 2 * kHalfBytes;    // half a tile per warpgroup
+  static constexpr uint32_t kTables = kOutput + 2 * kHalfBytes;
+  static constexpr size_t kBytes = kTables + sizeof(ChunkTables);
+};
 static_assert(ChunkShared::kBytes <= 227 * 1024 && SegmentShared::kBytes <= 227 * 1024,
               "shared memory of an SM");
 
@@ -61,21 +88,11 @@ __device__ __forceinline__ void load_halves(uint32_t tile, const T* source, int6
   }
 }
 
-template <int kStages>
-__device__ __forceinline__ TileRing<kStages> ring_of(Tables& tables) {
-  return {shared_address(tables.full), shared_address(tables.empty)};
-}
-
 template <typename T>
-__device__ __forceinline__ void set_up(Tables& tables, float log_decay, int last_valid, float query_scale) {
+__device__ __forceinline__ void set_up(ChunkTables& tables, float log_decay, int last_valid,
+                                       float query_scale) {
   constexpr bool kScaleState = DTypeOf<T>::value == DType::kFloat16;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kSegmentStages; ++i) {
-      barrier_init(shared_address(&tables.full[i]), 128);
-      barrier_init(shared_address(&tables.empty[i]), kComputeWarps);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
+  if (threadIdx.x == 0) tables.barriers.init();
   fill_weights<T>(tables.weights[0], log_decay, kChunk);
   fill_weights<T>(tables.weights[1], log_decay, last_valid);
   for (int i = threadIdx.x; i < 2 * kChunk; i += kThreads) {
@@ -126,54 +143,68 @@ __device__ __forceinline__ void add_to_state(float (&s)[64], const Values<T>& va
   }
 }
 
+// The copying warpgroup of the segment kernel: the chunks of all runs in one ring.
 template <typename T>
-__device__ __forceinline__ void segment_body(const PrefillArgs& args, Tables& tables, uint32_t tiles,
-                                             const Part& part) {
+__device__ __forceinline__ void copy_runs(const PrefillArgs& args, SegmentTables& tables, uint32_t tiles) {
   const LinearAttentionPrefillParams& params = args.params;
-  const int chunks = part.chunks;
-  const TileRing<kSegmentStages> ring = ring_of<kSegmentStages>(tables);
-  set_up<T>(tables, part.log_decay, kChunk, 1.0f);
-  if (threadIdx.x >= kComputeThreads) {
-    give_registers<40>();
-    const int64_t first = part.first * params.row_stride + part.head * kDim;
-    ring.produce(chunks, [&](int chunk, int stage) {
-      const uint32_t tile = tiles + stage * SegmentShared::kStageBytes;
-      const int64_t source = first + chunk * kChunk * params.row_stride;
-      load_halves(tile, static_cast<const T*>(params.key) + source, params.row_stride, kChunk);
-      load_halves(tile + kTileBytes, static_cast<const T*>(params.value) + source, params.row_stride, kChunk);
-    });
-  } else {
-    take_registers<232>();
-    const uint32_t half = threadIdx.x / 128 * kHalfBytes;
+  ShareWalk<kHopperShares> walk(args, tables.line);
+  Run run;
+  int begin = 0, end = 0;  // of the run, among all chunks
+  const auto more = [&](int chunk) {
+    if (chunk < end) return true;
+    if (!walk.next(run)) return false;
+    begin = end, end += run.chunks;
+    return true;
+  };
+  tables.barriers.ring().produce_while(more, [&](int chunk, int stage) {
+    const uint32_t tile = tiles + stage * SegmentShared::kStageBytes;
+    const int64_t source = (run.first + (chunk - begin) * kChunk) * params.row_stride + run.head * kDim;
+    load_halves(tile, static_cast<const T*>(params.key) + source, params.row_stride, kChunk);
+    load_halves(tile + kTileBytes, static_cast<const T*>(params.value) + source, params.row_stride, kChunk);
+  });
+}
+
+// The computing warpgroups of the segment kernel.
+template <typename T>
+__device__ __forceinline__ void add_runs(const PrefillArgs& args, SegmentTables& tables, uint32_t tiles) {
+  const TileRing<kSegmentStages> ring = tables.barriers.ring();
+  const uint32_t half = threadIdx.x / 128 * kHalfBytes;
+  const auto tile_of = [&](int chunk) { return tiles + chunk % kSegmentStages * SegmentShared::kStageBytes; };
+  int begin = 0, turn = 0;
+  Run run;
+  for (ShareWalk<kHopperShares> walk(args, tables.line); walk.next(run); begin += run.chunks, turn ^= 1) {
+    const SplitWeights* weights = tables.weights[turn];
+    fill_weights<T>(tables.weights[turn], run.log_decay, kChunk);
+    named_barrier(kWeightsWritten, kComputeThreads);
+    const int end = begin + run.chunks;
+    const float shrink = expm1f(run.log_decay * kChunk);
     State state;
     state.load(nullptr);
     float (&s)[64] = reinterpret_cast<float (&)[64]>(state.s);
-    const float shrink = expm1f(part.log_decay * kChunk);
     // The next chunk's values are weighed while this chunk's are multiplied.
     Values<T> values[2];
     const auto weigh_values = [&](int chunk, Values<T>& to) {
-      if (chunk >= chunks) return;
+      if (chunk >= end) return;
       ring.wait(chunk);
-      to.load(tiles + chunk % kSegmentStages * SegmentShared::kStageBytes + kTileBytes + half,
-              tables.weights[0]);
+      to.load(tile_of(chunk) + kTileBytes + half, weights);
     };
     const auto add_chunk = [&](int chunk, Values<T>& now, Values<T>& next) {
       decay_state(s, shrink);
       pin(s);
       wgmma_fence();
-      add_to_state<T>(s, now, tiles + chunk % kSegmentStages * SegmentShared::kStageBytes);
+      add_to_state<T>(s, now, tile_of(chunk));
       wgmma_commit();
       weigh_values(chunk + 1, next);
       wgmma_wait<0>();
       pin(s);
       ring.release(chunk);
     };
-    weigh_values(0, values[0]);
-    for (int chunk = 0; chunk < chunks; chunk += 2) {
+    weigh_values(begin, values[0]);
+    for (int chunk = begin; chunk < end; chunk += 2) {
       add_chunk(chunk, values[0], values[1]);
-      if (chunk + 1 < chunks) add_chunk(chunk + 1, values[1], values[0]);
+      if (chunk + 1 < end) add_chunk(chunk + 1, values[1], values[0]);
     }
-    state.store_packed(part_state<kDim>(args, part));
+    state.store_packed(run_state<kDim>(args, run.slot));
   }
 }
 
@@ -252,13 +283,13 @@ __device__ __forceinline__ void write_output(uint32_t half_tile, T* output, int6
 
 // The computing warpgroups of the chunk kernel; tokens: of this segment.
 template <typename T>
-__device__ __forceinline__ void compute_chunks(const LinearAttentionPrefillParams& params, Tables& tables,
-                                               uint32_t tiles, State& state, T* output, int tokens,
-                                               float log_decay) {
+__device__ __forceinline__ void compute_chunks(const LinearAttentionPrefillParams& params,
+                                               ChunkTables& tables, uint32_t tiles, State& state, T* output,
+                                               int tokens, float log_decay) {
   float (&s)[64] = reinterpret_cast<float (&)[64]>(state.s);
   const int chunks = (tokens + kChunk - 1) / kChunk;
   const uint32_t half = threadIdx.x / 128 * kHalfBytes;
-  const TileRing<kChunkStages> ring = ring_of<kChunkStages>(tables);
+  const TileRing<kChunkStages> ring = tables.barriers.ring();
   float score[16], o[32];
   ring.wait(0);
   start_scores<T>(score, tiles);
@@ -326,17 +357,17 @@ __device__ __forceinline__ void compute_chunks(const LinearAttentionPrefillParam
 }
 
 template <typename T>
-__device__ __forceinline__ void chunk_body(const PrefillArgs& args, Tables& tables, uint32_t tiles,
+__device__ __forceinline__ void chunk_body(const PrefillArgs& args, ChunkTables& tables, uint32_t tiles,
                                            const Row& row) {
   const LinearAttentionPrefillParams& params = args.params;
   const int segment = blockIdx.x, head = blockIdx.y;
-  const int start = segment * args.segment_tokens(), tokens = min(args.segment_tokens(), row.length - start);
+  const int start = segment * args.segment_tokens, tokens = min(args.segment_tokens, row.length - start);
   const float log_decay = params.log_decay[head];
   set_up<T>(tables, log_decay, (tokens - 1) % kChunk + 1, params.query_scale);
   if (threadIdx.x >= kComputeThreads) {
     give_registers<40>();
     const int64_t first = (row.first + start) * params.row_stride + head * kDim;
-    ring_of<kChunkStages>(tables).produce((tokens + kChunk - 1) / kChunk, [&](int chunk, int stage) {
+    tables.barriers.ring().produce((tokens + kChunk - 1) / kChunk, [&](int chunk, int stage) {
       const uint32_t tile = tiles + stage * ChunkShared::kStageBytes;
       const int64_t source = first + chunk * kChunk * params.row_stride;
       const int valid = tokens - chunk * kChunk;
@@ -368,12 +399,18 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) segment_kernel(const __grid_constant__ PrefillArgs args) {
 #if RING_HAS_WGMMA
   extern __shared__ __align__(1024) char shared[];
+  SegmentTables& tables = *reinterpret_cast<SegmentTables*>(shared + SegmentShared::kTables);
   wait_for_previous_kernel();
   allow_next_kernel();
-  const Part part = locate_part(args);
-  if (part.chunks == 0) return;
-  segment_body<T>(args, *reinterpret_cast<Tables*>(shared + SegmentShared::kTables), shared_address(shared),
-                  part);
+  if (threadIdx.x == 32) tables.barriers.init();
+  tables.line.measure(args);
+  if (threadIdx.x >= kComputeThreads) {
+    give_registers<56>();
+    copy_runs<T>(args, tables, shared_address(shared));
+  } else {
+    take_registers<224>();
+    add_runs<T>(args, tables, shared_address(shared));
+  }
 #else
   __trap();
 #endif
@@ -387,8 +424,9 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const __grid_constan
   if (args.segments == 1) wait_for_previous_kernel();
   allow_next_kernel();
   const Row row = locate_row(args.params, blockIdx.z);
-  if ((int)blockIdx.x * args.segment_tokens() >= row.length) return;
-  chunk_body<T>(args, *reinterpret_cast<Tables*>(shared + ChunkShared::kTables), shared_address(shared), row);
+  if ((int)blockIdx.x * args.segment_tokens >= row.length) return;
+  ChunkTables& tables = *reinterpret_cast<ChunkTables*>(shared + ChunkShared::kTables);
+  chunk_body<T>(args, tables, shared_address(shared), row);
 #else
   __trap();
 #endif

@@ -16,22 +16,22 @@ struct PrefillKernel {
   size_t shared_bytes;
 };
 
-template <typename T, int kDim, int kStateWarps>
+template <typename T, int kDim, int kStateWarps, int kShares>
 Status launch_chain(const PrefillArgs& args, const PrefillKernel& segments, const PrefillKernel& chunks,
                     Stream stream) {
   LaunchShape shape;
   shape.stream = stream;
   shape.programmatic = args.params.programmatic_launch != 0;
   if (args.segments > 1) {
-    shape.grid = dim3((args.segments - 1) * args.parts, args.params.num_heads, args.params.batch);
+    shape.grid = dim3(kShares);
     shape.block = dim3(segments.threads);
     shape.shared_bytes = segments.shared_bytes;
     RING_RETURN_IF_ERROR(launch_kernel(segments.function, shape, args));
-    shape.grid.x = kDim * kDim / 4 / kScanThreads;
+    shape.grid = dim3(kDim * kDim / 4 / kScanThreads, args.params.num_heads, args.params.batch);
     shape.block = dim3(kScanThreads);
     shape.shared_bytes = 0;
     shape.programmatic = true;  // all kernels of the chain wait
-    RING_RETURN_IF_ERROR(launch_kernel(scan_kernel<T, kDim, kStateWarps>, shape, args));
+    RING_RETURN_IF_ERROR(launch_kernel(scan_kernel<T, kDim, kStateWarps, kShares>, shape, args));
   }
   shape.grid = dim3(args.segments, args.params.num_heads, args.params.batch);
   shape.block = dim3(chunks.threads);
@@ -46,16 +46,17 @@ Status launch_any(const PrefillArgs& args, const PrefillPlan& plan, Stream strea
   if (chunks.shared_bytes > plan.shared_bytes) {
     chunks = {chunk_kernel<T, kDim, 1>, kThreads, chunk_shared_bytes<T, kDim, 1>()};
   }
-  return launch_chain<T, kDim, kWarps>(args, segments, chunks, stream);
+  return launch_chain<T, kDim, kWarps, kShares>(args, segments, chunks, stream);
 }
 
 template <typename T>
 Status launch_prefill(const LinearAttentionPrefillParams& params, const PrefillPlan& plan, Stream stream) {
-  const PrefillArgs args{params, plan.segments, plan.parts, plan.part_tokens};
+  const PrefillArgs args{params, plan.segments, plan.segment_tokens};
   if (plan.hopper) {
     const PrefillKernel segments{hopper::segment_kernel<T>, hopper::kThreads, hopper::SegmentShared::kBytes};
     const PrefillKernel chunks{hopper::chunk_kernel<T>, hopper::kThreads, hopper::ChunkShared::kBytes};
-    return launch_chain<T, hopper::kDim, hopper::kComputeWarps>(args, segments, chunks, stream);
+    return launch_chain<T, hopper::kDim, hopper::kComputeWarps, kHopperShares>(args, segments, chunks,
+                                                                               stream);
   }
   return params.head_dim == 64 ? launch_any<T, 64>(args, plan, stream)
                                : launch_any<T, 128>(args, plan, stream);

@@ -45,7 +45,7 @@ Status launch_router(const RouterParams& p, Stream stream) {
   shape.block = dim3(kRouterThreads);
   shape.stream = stream;
   shape.programmatic = p.programmatic_launch != 0;
-  if (p.tokens == 1) return launch_few<Hidden, 1, 2>(p, shape);
+  if (p.tokens == 1) return launch_few<Hidden, 1, 4>(p, shape);
   if (p.tokens <= kRouterFewTokens) return launch_few<Hidden, kRouterFewTokens, 4>(p, shape);
   const RouterParts parts = plan_parts(p);
   shape.grid = dim3((p.tokens + kTileTokens - 1) / kTileTokens, parts.splits,

@@ -279,7 +279,7 @@ struct RowResults {
   }
 };
 
-// All threads, which come from two places: __syncthreads() would ask them to come from one.
+// All threads, which come from two places: __syncthreads() would ask them to come from one. Warps come whole.
 __device__ __forceinline__ void meet_all() { asm volatile("bar.sync 2, 288;" ::: "memory"); }
 static_assert(kRowThreads == 288);
 
@@ -301,6 +301,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       barrier_init(&shared.empty[stage], 4);  // warps of the group that reads it
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
     meet_all();
     if (threadIdx.x == kStagers) ask_weights(shared, ring, map, plan);
     return;
