@@ -3,12 +3,20 @@
 import hashlib
 import stat
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ringexport.errors import RingExportError
+from ringexport.errors import OutputError, RingExportError
 
-__all__ = ["file_exists", "is_truncated_library", "read_regular", "resolve_inside", "sha256_of"]
+__all__ = [
+    "check_writable",
+    "file_exists",
+    "is_truncated_library",
+    "read_regular",
+    "resolve_inside",
+    "sha256_of",
+]
 
 _CHUNK_BYTES = 4 << 20
 _ELF_64 = b"\x7fELF\x02"
@@ -57,6 +65,24 @@ def resolve_inside(directory: Path, name: str, *, error: type[RingExportError]) 
 def file_exists(path: Path) -> bool:
     """Say whether there is anything of this name, a dangling link included."""
     return path.is_symlink() or path.exists()
+
+
+def check_writable(path: Path) -> None:
+    """Find out before long work whether a file can be written; nothing is left behind.
+
+    Raises:
+        OutputError: a folder, or a folder around it that is missing or closed.
+    """
+    hint = "give a file in a folder that exists and that this user may write"
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder", hint=hint)
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as failure:
+        raise OutputError(
+            f"cannot write {path}: {(failure.strerror or str(failure)).lower()}", hint=hint
+        ) from failure
 
 
 def read_regular(path: Path, *, limit_bytes: int, error: type[RingExportError]) -> bytes:

@@ -216,7 +216,13 @@ class CalibrationStats:
             with safetensors.safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError, TypeError, KeyError) as failure:
+        except OSError as failure:
+            reason = failure.strerror or f"{failure!s:.200}".removesuffix(f": {path}")
+            raise CalibrationError(
+                f"cannot read the calibration stats {path}: {reason}",
+                hint="give the file that --save-stats wrote",
+            ) from failure
+        except (safetensors.SafetensorError, TypeError, KeyError) as failure:
             raise CalibrationError(
                 f"cannot read the calibration stats {path}: {failure!s:.200}",
                 hint="calibrate again",
@@ -232,7 +238,9 @@ def _read_metadata(text: str, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise CalibrationError(f"{path} holds no calibration stats")
+        raise CalibrationError(
+            f"{path} holds no calibration stats", hint="give the file that --save-stats wrote"
+        )
     if about.get("format_version") != FORMAT_VERSION:
         raise CalibrationError(
             f"{path} is in version {about.get('format_version')!r:.40} of its format, expected "

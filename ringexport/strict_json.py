@@ -60,8 +60,8 @@ def parse_object(
         raise error(f"{source} is not UTF-8 text: bad byte at offset {failure.start}") from failure
     except json.JSONDecodeError as failure:
         raise error(
-            f"{source} is not valid JSON: {failure.msg} at line {failure.lineno}, "
-            f"column {failure.colno}",
+            f"{source} is not valid JSON: {failure.msg.removesuffix(' at')} at line "
+            f"{failure.lineno}, column {failure.colno}",
             hint=hint,
         ) from failure
     except RecursionError as failure:

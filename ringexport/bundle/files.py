@@ -24,6 +24,8 @@ except ImportError:  # Windows has no flock; there every build is taken to be al
 __all__ = [
     "LOCK_NAME",
     "BuildLock",
+    "check_apart",
+    "check_place",
     "clean_stale_builds",
     "exchange_directories",
     "file_entry",
@@ -136,6 +138,49 @@ def is_bundle_directory(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(value, dict) and value.get("format") == FORMAT
+
+
+def check_apart(checkpoint: Path, destination: Path) -> None:
+    """Refuse an output that is, is inside, or holds the checkpoint that it is made of.
+
+    Raises:
+        OutputError: they are not apart.
+    """
+    # Path.resolve() would fail on link loops.
+    source, place = (Path(os.path.realpath(path)) for path in (checkpoint, destination))
+    if place == source:
+        how = f"is the checkpoint {checkpoint} itself"
+    elif source in place.parents:
+        how = f"is inside the checkpoint {checkpoint}"
+    elif place in source.parents:
+        how = f"holds the checkpoint {checkpoint}"
+    else:
+        return
+    raise OutputError(
+        f"the output {destination} {how}", hint="write it beside the checkpoint, with -o"
+    )
+
+
+def check_place(destination: Path) -> None:
+    """Refuse a place where a new directory would harm others, whatever is there now.
+
+    Raises:
+        OutputError: the current directory or one above it, or a place inside a bundle.
+    """
+    place, here = Path(os.path.realpath(destination)), Path.cwd()  # resolve() fails on link loops
+    if here == place or place in here.parents:
+        # It is exchanged for a new one: shells and programs would stay in a directory that is gone.
+        raise OutputError(
+            f"the output {destination} is the current directory, or one above it",
+            hint="choose a new directory in it with -o, or start the command elsewhere",
+        )
+    for parent in place.parents:
+        if is_bundle_directory(parent):
+            raise OutputError(
+                f"the output {destination} is inside the bundle {parent}, which would be refused"
+                " for files that are not its own",
+                hint="choose an -o outside of it",
+            )
 
 
 def strangers_in_bundle(path: Path, *, hidden: bool) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Self
 from ringexport.bundle.files import (
     LOCK_NAME,
     BuildLock,
+    check_place,
     clean_stale_builds,
     exchange_directories,
     file_entry,
@@ -28,7 +29,7 @@ from ringexport.bundle.reader import EngineBundle
 from ringexport.errors import OutputError
 from ringexport.progress import NoProgress, Progress
 
-__all__ = ["BundleWriter"]
+__all__ = ["BundleWriter", "check_destination"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -213,13 +214,14 @@ class BundleWriter:
 
 
 def check_destination(destination: Path, *, overwrite: bool = True) -> None:
-    """Refuse a destination that holds anything but a bundle.
+    """Refuse a destination that holds anything but a bundle, or is in the way of others.
 
     Raises:
-        OutputError: a file, another kind of directory, a bundle with files that are not its own,
-            or a bundle that may not be replaced.
+        OutputError: a place that `check_place` refuses, a file, another kind of directory, a
+            bundle with files that are not its own, or a bundle that may not be replaced.
     """
     try:
+        check_place(destination)
         if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
             kind = "symbolic link" if destination.is_symlink() else "file"
             raise OutputError(

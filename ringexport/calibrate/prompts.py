@@ -79,9 +79,9 @@ def load_prompts(name: str) -> PromptSet:
         if one not in known:
             nearest = get_close_matches(one[:100], known, n=1)
             raise CalibrationError(
-                f"there is no prompt set {one[:100]!r}, expected {', '.join(known)}, {ALL_SETS}, "
-                "or a .jsonl file",
-                hint=f"did you mean {nearest[0]!r}?" if nearest else None,
+                f"there is no prompt set {one[:100]!r}",
+                hint=(f"did you mean {nearest[0]!r}? " if nearest else "")
+                + f"choices: {', '.join(known)}, {ALL_SETS}, or a .jsonl file",
             )
     if not names:
         raise CalibrationError(

@@ -195,7 +195,8 @@ class _Run:
         else:
             self._embed()
         self._stream.forget_embedding()
-        progress.start("calibrate", (count - finished) * self._identity.num_tokens, "tokens")
+        work = (count - finished) * self._identity.num_tokens
+        progress.start("calibrate", work, "tokens x layers")
         starved = 0
         for layer in range(finished, count):
             collector = self._run_layer(layer, progress)

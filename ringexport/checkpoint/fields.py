@@ -92,7 +92,7 @@ class Fields:
         """Return one of the strings in `choices`."""
         value = self._values[key]
         if not isinstance(value, str) or value not in choices:
-            raise self.bad(key, " or ".join(repr(choice) for choice in choices))
+            raise self.bad(key, " or ".join(repr(str(choice)) for choice in choices))
         return value
 
     def bad(self, key: str, expected: str, hint: str | None = None) -> ConfigError:

@@ -255,7 +255,7 @@ def _check_lengths(config: "BenchConfig", limit: int) -> None:
     """Refuse lengths that the context does not hold, by the names of their options."""
     if max(config.prefill) > limit:
         raise bad_value(
-            "--prefill", f"{max(config.prefill)} is more than the context holds {limit}"
+            "--prefill", f"{max(config.prefill)} is more than the context, which holds {limit}"
         )
     longest = max(config.context) + config.decode
     if longest > limit:

@@ -110,6 +110,8 @@ def command(
 
     if against is None and report is not None:
         raise ConfigError("--report needs --against", hint="name the unquantized model with it")
+    if stats_path is not None and report is None:
+        raise ConfigError("--stats needs --report", hint="name the page that shows them with it")
     if report is not None:
         from ringexport.pipeline.quality import check_report
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -190,13 +191,12 @@ def _run_reporting(arguments: Sequence[str], app: App) -> int:
     except RingExportError as error:
         return _report(error, app)
     except click.ClickException as error:
-        return _report_usage(error, app)
+        return _report_usage(error, app, _path(arguments))
     except (click.Abort, BrokenPipeError):
         raise
     except Exception as error:  # noqa: BLE001 (the one place where every bug ends)
         if _is_out_of_memory(error):
-            command = " ".join(["ringexport", *arguments[:1]])
-            message = f"out of memory while running {command}"
+            message = f"out of memory while running {_path(arguments)}"
             return _complain(app, message, MEMORY_HINT, EXIT_MEMORY)
         if isinstance(error, OSError):
             return _report_system(error, app)
@@ -207,6 +207,12 @@ def _run_reporting(arguments: Sequence[str], app: App) -> int:
 def _on_terminate(number: int, frame: FrameType | None) -> None:
     del number, frame
     raise _TerminatedError
+
+
+def _path(arguments: Sequence[str]) -> str:
+    """Return the command that a command line names, as it is called."""
+    named = arguments[:1] if arguments and arguments[0] in COMMANDS else ()
+    return " ".join(["ringexport", *named])
 
 
 def _report(error: RingExportError, app: App) -> int:
@@ -251,7 +257,19 @@ def _report_system(error: OSError, app: App) -> int:
         message = f"cannot use {str(error.filename)[:200]}: {error.strerror.lower()}"
         hint = "check the path and its permissions"
         return _complain(app, message, hint, ConfigError.exit_code)
+    if isinstance(error, FileNotFoundError) and not _has_directory():
+        message, hint = "the current directory is gone", "change to another one: cd"
+        return _complain(app, message, hint, ConfigError.exit_code)
     return _report_bug(error, app)
+
+
+def _has_directory() -> bool:
+    """Tell whether there still is a current directory."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _complain(app: App, message: str, hint: str | None, code: int) -> int:
@@ -266,9 +284,9 @@ def _complain(app: App, message: str, hint: str | None, code: int) -> int:
     return code
 
 
-def _report_usage(error: click.ClickException, app: App) -> int:
+def _report_usage(error: click.ClickException, app: App, path: str) -> int:
     context = getattr(error, "ctx", None)
-    path = "ringexport" if context is None else context.command_path
+    path = path if context is None else context.command_path
     hint = f"{path} --help shows what can be given"
     return _complain(app, _sentence(error.format_message()), hint, error.exit_code)
 

@@ -38,9 +38,10 @@ def run_sensitivity(
         RingExportError: whatever is wrong with checkpoint, recipe, stats or output.
     """
     from ringexport.checkpoint import CheckpointWeights
+    from ringexport.files import check_writable
     from ringexport.pipeline.calibrated import CalibrationPlan
     from ringexport.pipeline.gate import HeldOut
-    from ringexport.pipeline.sensitivity import parse_size, propose, sensitivity
+    from ringexport.pipeline.sensitivity import check_budget, parse_size, propose, sensitivity
     from ringexport.quantize.resolve import resolve_recipe
     from ringexport.quantize.shipped import load_recipe
     from ringexport.runtime.registry import RunnerOptions
@@ -51,6 +52,8 @@ def run_sensitivity(
         )
     name, size = wanted
     recipe, budget = load_recipe(name), parse_size(size)
+    check_writable(output)
+    check_budget(checkpoint, recipe, budget)
     base = str(Path(name).absolute()) if name.endswith(".toml") else name
     terminal, stats = app.terminal, None
     with terminal.progress() as progress, tempfile.TemporaryDirectory() as scratch:

@@ -207,8 +207,8 @@ def _check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendUnavailableError(
-            f"the server needs {', '.join(missing)}, which is not installed",
-            hint='pip install "ringexport[serve]"',
+            f"the server needs packages that are not installed: {', '.join(missing)}",
+            hint="pip install 'ringexport[serve]'",
         )
 
 

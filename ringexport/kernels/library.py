@@ -107,7 +107,7 @@ class KernelLibrary:
                     f"the kernel library {path} is truncated",
                     hint=f"copy it again, or {BUILD_HINT}",
                 )
-            handle = ctypes.CDLL(str(path))
+            handle = ctypes.CDLL(str(path.absolute()))  # a bare name is sought elsewhere
             describe = handle.ring_layout
         except (OSError, AttributeError) as error:
             raise BackendUnavailableError(

@@ -22,7 +22,8 @@ from ringexport.bundle import (
     TargetInfo,
     ToolInfo,
 )
-from ringexport.bundle.files import file_entry
+from ringexport.bundle.files import check_apart, file_entry
+from ringexport.bundle.writer import check_destination
 from ringexport.checkpoint import CheckpointWeights, RingConfig
 from ringexport.engine.target import EngineTarget
 from ringexport.errors import BackendUnavailableError, CheckpointError, OutputError, RingExportError
@@ -130,7 +131,7 @@ def estimate(request: BuildRequest) -> BuildEstimate:
     Raises:
         ConfigError, CheckpointError: the request or the checkpoint cannot be used.
         BackendUnavailableError: a target cannot be built here.
-        OutputError: the output is inside the checkpoint or the other way round.
+        OutputError: the output cannot be there.
     """
     resolved = resolve(request)
     _check_paths(request)
@@ -283,26 +284,21 @@ def _export_target(
 
 
 def _check_paths(request: BuildRequest) -> None:
-    checkpoint, output = request.checkpoint.resolve(), request.output.resolve()
-    _check_name(output)
+    _check_name(request.output)
     if not request.checkpoint.is_dir():
         kind = "is a file" if request.checkpoint.exists() else "does not exist"
         raise CheckpointError(
             f"there is no checkpoint at {request.checkpoint}: it {kind}",
             hint="give the directory that holds config.json and the safetensors files",
         )
-    if output == checkpoint or checkpoint in output.parents or output in checkpoint.parents:
-        raise OutputError(
-            f"the output {request.output} and the checkpoint {request.checkpoint} are inside each"
-            " other",
-            hint="write the bundle beside the checkpoint, with -o",
-        )
+    check_apart(request.checkpoint, request.output)
+    check_destination(Path(os.path.abspath(request.output)))  # noqa: PTH100 (keeps links)
 
 
 def _check_name(output: Path) -> None:
     """Refuse a path that ONNX and TensorRT, which want UTF-8, cannot open."""
     try:
-        str(output).encode()
+        os.path.realpath(output).encode()
     except UnicodeEncodeError as error:
         raise OutputError(
             f"the path of the output is not UTF-8: {str(output)!r}", hint="choose another -o"

@@ -24,6 +24,7 @@ from ringexport.compare.quality import (
     state_drift,
 )
 from ringexport.errors import OutputError
+from ringexport.files import check_writable
 from ringexport.ops.quantization import Granularity, GranularityKind
 from ringexport.progress import NoProgress, Progress
 from ringexport.quantize.modules import quantizable_modules
@@ -116,13 +117,9 @@ def check_report(path: Path, stats: Path | None) -> CalibrationStats | None:
 
     Raises:
         CalibrationError: stats that cannot be read.
-        OutputError: there is no folder for the page, or a folder in its place.
+        OutputError: the page cannot be written there.
     """
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise OutputError(
-            f"cannot write {path}: it is a folder, or in a folder that does not exist",
-            hint="give a file such as report.html",
-        )
+    check_writable(path)
     return None if stats is None else CalibrationStats.load(stats)
 
 

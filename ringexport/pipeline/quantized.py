@@ -11,6 +11,7 @@ from typing import Any
 from ringexport.bundle import CalibrationInfo, QuantizationInfo, SchemeInfo
 from ringexport.checkpoint import CheckpointWeights, RingConfig
 from ringexport.errors import CheckpointError, ConfigError
+from ringexport.files import check_writable
 from ringexport.ops.schemes import ModuleScheme
 from ringexport.pipeline.calibrated import CalibrationPlan, CalibrationRequest
 from ringexport.pipeline.gate import GateRequest
@@ -259,14 +260,17 @@ def quantize(
         if not needed:
             if calibration.stats is not None:
                 CalibrationPlan(calibration)
-            if calibration.is_explicit:
+            if calibration.is_explicit or save_stats is not None:
                 progress.note(
-                    f"the recipe {recipe.name} needs no calibration; what was given is not used"
+                    f"the recipe {recipe.name} needs no calibration; what was given for one is"
+                    " not used"
                 )
             return quantize_checkpoint(
                 checkpoint, output, recipe, threads=threads, progress=progress
             )
         check_output(output)
+        if save_stats is not None:
+            check_writable(save_stats)
         plan = CalibrationPlan(calibration)
         with WorkFolder(output, _inputs(resolved, plan, weights), progress) as folder:
             stats = plan.stats(weights, folder.path, progress)

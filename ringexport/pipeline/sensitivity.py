@@ -24,6 +24,7 @@ __all__ = [
     "MixedRecipe",
     "ModuleGroup",
     "SensitivityRow",
+    "check_budget",
     "module_groups",
     "only_group",
     "parse_size",
@@ -216,7 +217,7 @@ def sensitivity(
     progress = progress or NoProgress()
     groups = module_groups(checkpoint, recipe)
     rows = []
-    progress.start(f"quantizing {len(groups)} groups one at a time", len(groups))
+    progress.start(f"quantizing {len(groups)} groups one at a time", len(groups), "groups")
     with tempfile.TemporaryDirectory(prefix="ringexport-") as scratch:
         for group in groups:
             output = Path(scratch) / "checkpoint"
@@ -230,6 +231,21 @@ def sensitivity(
             progress.advance()
     progress.finish()
     return tuple(sorted(rows, key=lambda row: -row.kl_per_megabyte))
+
+
+def check_budget(checkpoint: Path, recipe: Recipe, max_bytes: int) -> int:
+    """Return the bytes of the weights if everything that a recipe names is quantized.
+
+    Raises:
+        ConfigError: that is more than the budget.
+    """
+    total = estimate(checkpoint, recipe).output_bytes
+    if total > max_bytes:
+        raise ConfigError(
+            f"recipe {recipe.name} alone takes {total:,} bytes, the budget is {max_bytes:,}",
+            hint="give a larger budget, or a recipe that quantizes more",
+        )
+    return total
 
 
 def propose(
@@ -247,12 +263,7 @@ def propose(
     Raises:
         ConfigError: not even the whole recipe fits.
     """
-    total = estimate(checkpoint, recipe).output_bytes
-    if total > max_bytes:
-        raise ConfigError(
-            f"recipe {recipe.name} alone takes {total:,} bytes, the budget is {max_bytes:,}",
-            hint="give a larger budget, or a recipe that quantizes more",
-        )
+    total = check_budget(checkpoint, recipe, max_bytes)
     kept: list[SensitivityRow] = []
     for row in sorted(rows, key=lambda row: -row.kl_per_megabyte):
         candidate = without_groups(recipe, [one.group for one in (*kept, row)])

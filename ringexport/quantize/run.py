@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ringexport.bundle.files import sync_path
+from ringexport.bundle.files import check_apart, sync_path
 from ringexport.checkpoint import CheckpointWeights
 from ringexport.checkpoint.encoded import kv_scale_names
 from ringexport.checkpoint.shards import INDEX_NAME
-from ringexport.errors import CalibrationError, ConfigError, OutputError, QuantizationError
+from ringexport.errors import CalibrationError, ConfigError, QuantizationError
 from ringexport.ops.quantization import NumberFormat
 from ringexport.progress import NoProgress, Progress
 from ringexport.quantize.compressed_tensors import quantization_config
@@ -146,7 +146,7 @@ def quantize_checkpoint(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
-    _check_apart(checkpoint, output)
+    check_apart(checkpoint, output)
     with CheckpointWeights.open(checkpoint) as weights:
         resolved = _resolve(weights, recipe)
         _check_stats(resolved, stats)
@@ -203,15 +203,6 @@ def _check_stats(resolved: ResolvedRecipe, stats: CalibrationStats | None) -> No
             f"recipe {resolved.recipe.name} needs calibration stats: {', '.join(reasons)}",
             hint="give the stats of a calibration with --stats, or use a recipe without: "
             "fp8, fp8-block, int8-weight-only",
-        )
-
-
-def _check_apart(checkpoint: Path, output: Path) -> None:
-    source, target = checkpoint.resolve(), output.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise OutputError(
-            f"the output {output} and the checkpoint {checkpoint} lie within each other",
-            hint="choose another -o",
         )
 
 

@@ -59,8 +59,9 @@ def _path_of(name: str, directory: Path) -> Path:
         return _directory() / (name + _SUFFIX)
     nearest = get_close_matches(name[:100], known, n=1)
     raise ConfigError(
-        f"there is no recipe {name[:100]!r}, expected {', '.join(known)}, or a .toml file",
-        hint=f"did you mean {nearest[0]!r}?" if nearest else None,
+        f"there is no recipe {name[:100]!r}",
+        hint=(f"did you mean {nearest[0]!r}? " if nearest else "")
+        + f"choices: {', '.join(known)}, or a .toml file",
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ringexport.bundle.files import (
     LOCK_NAME,
     BuildLock,
+    check_place,
     exchange_directories,
     find_stale_builds,
     remove_tree,
@@ -175,8 +176,10 @@ def check_output(destination: Path) -> None:
     """Refuse a destination that holds anything but an earlier output of `ringexport quantize`.
 
     Raises:
-        OutputError: a file, a link, another directory, or one with files that are not its own.
+        OutputError: a file, a link, another directory, one with files that are not its own, or a
+            place that `check_place` refuses.
     """
+    check_place(destination)
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise OutputError(
             f"{destination} is not a directory, a checkpoint is one", hint="choose another -o"

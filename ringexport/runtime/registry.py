@@ -300,8 +300,9 @@ def _known_backend(
     engines = () if bundle is None else _engines(bundle, options or RunnerOptions())
     backends = {info.name: info for info in (*engines, *available_backends())}
     if name not in backends:
+        choices = ["auto", *(() if bundle is None else bundle.targets), "torch"]
         raise BackendUnavailableError(
-            f"there is no backend {name!r}", hint=f"choose auto, {', '.join(backends)}"
+            f"there is no backend {name!r}", hint=f"choose {' or '.join(choices)}"
         )
     return backends[name]
 

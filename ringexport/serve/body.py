@@ -83,7 +83,8 @@ def _parse(data: bytes) -> Any:
     except UnicodeDecodeError as error:
         message = f"the body is not UTF-8 text: bad byte at offset {error.start}"
     except json.JSONDecodeError as error:
-        message = f"the body is not valid JSON: {error.msg} at character {error.pos}"
+        what = error.msg.removesuffix(" at")
+        message = f"the body is not valid JSON: {what} at character {error.pos}"
     except RecursionError:
         message = "the body is nested too deeply"
     except ValueError:  # an integer of thousands of digits

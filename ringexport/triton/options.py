@@ -60,7 +60,10 @@ class TritonOptions:
         for number in self.gpus:
             _check("a GPU's number", number, 0, _MAX_INSTANCES)
         if len(set(self.gpus)) != len(self.gpus):
-            raise ConfigError(f"gpus names a GPU twice: {list(self.gpus)}")
+            raise ConfigError(
+                f"gpus names a GPU twice: {list(self.gpus)}",
+                hint="more than one process per GPU: --instances",
+            )
         if self.plan_context is not None:
             _check("plan_context", self.plan_context, 1, None)
 

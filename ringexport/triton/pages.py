@@ -91,8 +91,9 @@ def _container(bundle: EngineBundle, options: TritonOptions, command: Sequence[s
     gpus = "--gpus all " if options.gpus else ""
     repository = command[1].partition("=")[2]
     folders = [repository, *([str(bundle.directory.resolve())] if options.reference else [])]
-    volumes = " ".join(f"-v {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
-    inner = f"pip install 'ringexport[{extra}]' && {shlex.join(command)}"
+    mounts = [f"{folder}:{folder}" for folder in folders] + ["/path/to/ringexport:/ringexport"]
+    volumes = " ".join(f"-v {shlex.quote(mount)}" for mount in mounts)
+    inner = f"pip install '/ringexport[{extra}]' && {shlex.join(command)}"
     image = "nvcr.io/nvidia/tritonserver:YY.MM-py3"
     return (
         f"docker run {gpus}--rm --net=host --shm-size=1g {volumes} {image} \\\n"

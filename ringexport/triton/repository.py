@@ -9,8 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ringexport.bundle import MANIFEST_NAME, EngineBundle
-from ringexport.bundle.files import exchange_directories, remove_tree, sync_path, walk_files
-from ringexport.errors import OutputError
+from ringexport.bundle.files import (
+    check_place,
+    exchange_directories,
+    remove_tree,
+    sync_path,
+    walk_files,
+)
+from ringexport.errors import BackendUnavailableError, OutputError
 from ringexport.progress import NoProgress, Progress
 from ringexport.triton.options import TritonOptions, model_name
 from ringexport.triton.pages import client_source, model_source, readme
@@ -68,10 +74,11 @@ def write_repository(
     Raises:
         OutputError: the destination cannot be written, holds something else, or may not be
             replaced; it is as it was before.
-        ConfigError, BundleError: the options do not fit the bundle.
+        ConfigError, BundleError, BackendUnavailableError: the options do not fit the bundle.
     """
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 (keeps links)
     _check_destination(destination, overwrite=overwrite)
+    _check_backend(bundle, options.backend)
     name = options.name or model_name(bundle.directory.resolve().name)
     plan = find_plan_model(bundle, options)
     models = [name]
@@ -187,9 +194,25 @@ def _publish(temporary: Path, destination: Path, *, overwrite: bool) -> None:
     sync_path(destination.parent)
 
 
+def _check_backend(bundle: EngineBundle, backend: str) -> None:
+    """Refuse a backend that no server can open; whether it can run is up to the server's machine.
+
+    Raises:
+        BackendUnavailableError: neither torch nor a target of the bundle.
+    """
+    choices = ["auto", *bundle.targets, "torch"]
+    if backend not in choices:
+        raise BackendUnavailableError(
+            f"the bundle {bundle.directory} has no target {backend!r:.80},"
+            f" it has {', '.join(bundle.targets) or 'none'}",
+            hint=f"choose {' or '.join(choices)}",
+        )
+
+
 def _check_destination(destination: Path, *, overwrite: bool) -> None:
     """Refuse a destination that holds anything but a repository of ringexport."""
     with _translated(destination):
+        check_place(destination)
         if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
             raise OutputError(
                 f"{destination} is no directory, a model repository is one",

@@ -218,7 +218,7 @@ def test_progress_counts_tokens_times_layers(small: Path) -> None:
     progress = Recorder()
     with CheckpointWeights.open(small) as weights:
         found = calibrate(weights, PROMPTS, SETTINGS, progress=progress)
-    assert ("calibrate", 4 * found.num_tokens, "tokens") in progress.stages
+    assert ("calibrate", 4 * found.num_tokens, "tokens x layers") in progress.stages
     assert progress.amounts["calibrate"] == 4 * found.num_tokens
     digest_stage = next(stage for stage in progress.stages if stage[2] == "bytes")
     assert progress.amounts[digest_stage[0]] == digest_stage[1]

@@ -173,8 +173,46 @@ def test_an_output_whose_name_is_not_utf8(call: Call, tmp_path: Path) -> None:
 
 def test_output_and_checkpoint_must_be_apart(call: Call, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "parent" / "checkpoint")
-    for output in (checkpoint, checkpoint / "bundle", checkpoint.parent):
-        assert_refused(call("build", checkpoint, "-o", output), 6, "inside each other")
+    for output, how in {
+        checkpoint: "is the checkpoint",
+        checkpoint / "bundle": "is inside the checkpoint",
+        checkpoint.parent: "holds the checkpoint",
+    }.items():
+        assert_refused(call("build", checkpoint, "-o", output), 6, f"the output {output} {how}")
+
+
+def test_places_where_an_output_would_harm(
+    call: Call, bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing takes the place of the current directory, and nothing is put into a bundle."""
+    here = tmp_path / "here" / "below"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    own = shutil.copytree(bundle, tmp_path / "own")
+    for output, text in {
+        ".": "is the current directory",
+        "..": "is the current directory",
+        own / "sub": f"is inside the bundle {own}",
+        own / "model" / "sub": f"is inside the bundle {own}",
+    }.items():
+        for command in (
+            ("build", tiny_checkpoint),
+            ("build", tiny_checkpoint, "--dry-run"),
+            ("quantize", tiny_checkpoint),
+            ("triton", own),
+        ):
+            assert_refused(call(*command, "-o", output), 6, text)
+    assert list(here.iterdir()) == []
+    EngineBundle.open(own)
+
+
+def test_link_loops_are_refused(call: Call, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for command in ("build", "quantize"):
+        assert_refused(call(command, tiny_checkpoint, "-o", loop), 6, str(loop))
+        assert_refused(call(command, tiny_checkpoint, "-o", loop / "x"), 6, str(loop))
+        assert_refused(call(command, loop, "-o", tmp_path / "x"), 3, str(loop))
 
 
 def test_foreign_directory_is_left_alone(call: Call, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -72,6 +72,27 @@ def test_the_backend_can_come_from_the_environment(
     assert called.json["backend"] == "torch"
 
 
+def test_an_unknown_backend(call: Call, bundle: Path, tiny_checkpoint: Path) -> None:
+    called = call("run", bundle, "x", "--backend", "nope")
+    assert_refused(called, 4, "no backend 'nope'", "choose auto or onnxruntime:cpu or torch")
+    called = call("run", tiny_checkpoint, "x", "--backend", "nope")
+    assert_refused(called, 4, "no backend 'nope'", "choose auto or torch")
+
+
+def test_a_missing_value_names_the_help_of_its_command(call: Call, bundle: Path) -> None:
+    called = call("serve", bundle, "--model-name")
+    assert_refused(called, 2, "requires an argument", "ringexport serve --help shows")
+
+
+def test_a_truncated_manifest_is_told_in_plain_words(
+    call: Call, bundle: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    (copy / "manifest.json").write_text('{"format": "ring')
+    called = call("run", copy, "x")
+    assert_refused(called, 3, "not valid JSON: Unterminated string starting at line 1, column 12")
+
+
 def test_run_samples_with_a_seed(call: Call, bundle: Path) -> None:
     arguments = ("run", bundle, "the", "--max-new-tokens", 12, "--temperature", 1, "--top-k", 50)
     texts = [call(*arguments, "--seed", seed, "-q").out for seed in (1, 1, 2)]

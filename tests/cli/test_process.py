@@ -185,3 +185,22 @@ def test_no_color_is_honoured(bundle: Path) -> None:
     shown = in_terminal(["inspect", str(bundle)], NO_COLOR="1")
     assert not any(f"\x1b[3{digit}m" in shown for digit in range(1, 8))
     assert "yes" in shown
+
+
+def test_a_current_directory_that_is_gone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    shell = ["sh", "-c", 'rmdir "$1" && shift && exec "$@"', "sh", str(gone)]
+    done = subprocess.run(
+        [*shell, *COMMAND, "build", str(tiny_checkpoint), "-o", "bundle"],
+        cwd=gone,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stderr.splitlines() == [
+        "error: the current directory is gone",
+        "hint: change to another one: cd",
+    ]

@@ -66,7 +66,13 @@ def test_a_report_needs_a_reference_and_a_place(
     assert_refused(called, 3, "--report needs --against")
     arguments = ("eval", plain, "--text", text, "--against", plain, "--max-tokens", 8)
     called = call(*arguments, "--report", tmp_path / "no" / "r.html")
-    assert_refused(called, 6, "cannot write")
+    assert_refused(called, 6, "cannot write", "no such file")
+    assert_refused(call(*arguments, "--report", tmp_path), 6, "it is a folder")
+    # A folder that is there, where even root may make no file: found out before the measuring.
+    assert_refused(call(*arguments, "--report", "/proc/r.html"), 6, "cannot write /proc/r.html")
+    assert "scoring" not in call(*arguments, "--report", "/proc/r.html").err
+    called = call(*arguments, "--stats", text)
+    assert_refused(called, 3, "--stats needs --report")
 
 
 def test_sensitivity_writes_a_recipe_for_a_budget(
@@ -90,6 +96,13 @@ def test_sensitivity_refuses(call: Call, plain: Path, tmp_path: Path) -> None:
     arguments = ("quantize", plain, "--sensitivity")
     assert_refused(call(*arguments, "1MB", "-o", tmp_path / "out"), 3, "not a .toml file")
     assert_refused(call(*arguments, "big", "-o", tmp_path / "o.toml"), 3, "the size 'big'")
+    for size, output, code, message in (
+        ("1kB", tmp_path / "o.toml", 3, "alone takes"),
+        ("1GB", Path("/proc/o.toml"), 6, "cannot write"),
+    ):
+        called = call(*arguments, size, "-o", output)
+        assert_refused(called, code, message)
+        assert "groups" not in called.err  # before any is measured
 
 
 @pytest.fixture

@@ -71,6 +71,16 @@ def test_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
     assert "make plugins" in str(caught.value.hint)
 
 
+def test_a_bare_name_is_a_file_of_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of the folders that the loader searches."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(importlib.util.find_spec("_ctypes").origin, "libringkernels.so")  # type: ignore[union-attr, arg-type]
+    with pytest.raises(BackendUnavailableError, match="undefined symbol: ring_layout"):
+        KernelLibrary.open(Path("libringkernels.so"))
+
+
 def test_a_truncated_library_is_refused(tmp_path: Path) -> None:
     """Loading one ends the process."""
     whole = Path(importlib.util.find_spec("_ctypes").origin).read_bytes()  # type: ignore[union-attr, arg-type]

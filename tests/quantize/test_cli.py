@@ -74,8 +74,11 @@ def test_stats_and_own_recipe(
     ("arguments", "code", "message"),
     [
         (["--recipe", "fp9"], 3, "there is no recipe 'fp9'"),
+        (["--recipe", "x"], 3, "hint: choices: bf16, fp32, fp8,"),
+        (["--recipe", "int8", "--calibration", "x"], 3, "hint: choices: chat, code, english, all"),
+        (["--recipe", "int8", "--save-stats", "/proc/stats"], 6, "cannot write /proc/stats"),
         (["--recipe", "bf16"], 3, "quantizes nothing"),
-        (["--stats", "none"], 3, "cannot read the calibration stats none"),
+        (["--stats", "none"], 3, "calibration stats none: No such file or directory\nhint: give"),
         (["--recpe", "fp8"], 2, "recpe"),
     ],
 )

@@ -158,7 +158,10 @@ WRONG = {
     RULE + "scheme = 'int8_w8a8'\nweights = {}": ("needs either a scheme or weights", None),
     RULE + "scheme = 'int8_w8a8'\nactivations = {}": ("both scheme and activations", None),
     RULE + "weights = { format = 'int8' }": ("weights lacks granularity", None),
-    RULE + "weights = { format = 'int4', granularity = 'channel' }": ("format is 'int4'", None),
+    RULE + "weights = { format = 'int4', granularity = 'channel' }": (
+        "format is 'int4', expected 'fp8_e4m3' or 'int8'",
+        None,
+    ),
     RULE + "weights = { format = 'int8', granularity = 'token' }": ("per token", "'channel'"),
     RULE + "weights = { format = 'int8', granularity = 'row' }": ("granularity 'row'", None),
     RULE
@@ -250,7 +253,7 @@ def test_a_kind_that_the_model_lacks_selects_nothing() -> None:
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no recipe 'fp-8'") as caught:
         load_recipe("fp-8")
-    assert caught.value.hint == "did you mean 'fp8'?"
+    assert (caught.value.hint or "").startswith("did you mean 'fp8'? choices: bf16, fp32,")
     with pytest.raises(ConfigError, match="cannot read"):
         load_recipe(str(tmp_path / "none.toml"))
     broken = tmp_path / "broken.toml"

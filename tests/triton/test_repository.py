@@ -1,6 +1,7 @@
 """The repository on disk: complete or not there, never over somebody else's files."""
 
 import json
+import runpy
 import shlex
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def test_the_page_has_the_command_and_every_tensor(nano: EngineBundle, tmp_path:
     assert "@" not in page
     compile((tmp_path / "a b/client.py").read_text(), "client.py", "exec")
     compile((tmp_path / "a b/ring-nano/1/model.py").read_text(), "model.py", "exec")
+    # ringexport is not to be had by its name alone.
+    assert "pip install '\"'\"'/ringexport[ort]'" in page
+    assert "-v /path/to/ringexport:/ringexport" in page
+    assert not [line for line in page.splitlines() if line.endswith(" ")]
+
+
+def test_the_client_without_a_server(nano: EngineBundle, tmp_path: Path) -> None:
+    write_repository(nano, tmp_path / "r", TritonOptions(reference=True))
+    client = runpy.run_path(str(tmp_path / "r/client.py"))
+    with pytest.raises(SystemExit, match=r"^error: no server at 127\.0\.0\.1:1 serves ring-nano;"):
+        client["main"](["Once upon"], url="127.0.0.1:1")
 
 
 def test_a_repository_is_replaced_only_if_asked(nano: EngineBundle, tmp_path: Path) -> None:
@@ -172,3 +184,10 @@ def test_the_command(
     assert "left out: the bundle has no target tensorrt:" in shown
     assert run_cli([*arguments, "--force", "--gpus", "0,x"]) == 2
     assert run_cli([*arguments, "--force", "--name", "a/b"]) == 3
+    capsys.readouterr()
+    for backend in ("nope", "cuda:sm_90"):
+        assert run_cli([*arguments, "--force", "--backend", backend]) == 4
+        error, hint = capsys.readouterr().err.splitlines()[-2:]
+        assert f"has no target '{backend}', it has onnxruntime:cpu" in error
+        assert hint == "hint: choose auto or onnxruntime:cpu or torch"
+    assert run_cli([*arguments, "--force", "--backend", "torch", "-q"]) == 0
