@@ -12,7 +12,7 @@ from ringexport.errors import ShapeError
 from ringexport.model.layers import apply_rotary, rms_norm
 from ringexport.model.linear_attention import LinearInputs, chunked, recurrent
 from ringexport.ops.decay import DecayIndex, log_decay
-from tests.kernels.support import DTYPES, Guarded, assert_within_torch, library, workspace
+from tests.kernels.support import DTYPES, Guarded, assert_within_torch, library
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +56,7 @@ class Case:
         self.state = Guarded(self.past.shape, torch.float32)
         self.state.tensor.copy_(self.past)
         self.output = Guarded((tokens, self.heads * self.dim), self.dtype)
+        self.room = Guarded((0,), torch.float32)  # the workspace of the last prefill
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -85,8 +86,11 @@ class Case:
             "max_length": max(lengths),
         }
         fields |= changes
-        fields = workspace("linear_attention_prefill", **fields) | fields
-        library().call("linear_attention_prefill", **fields).launch(current_stream())
+        # Zeros would hide reads of what no block has written.
+        size = library().workspace_bytes("linear_attention_prefill", **fields)
+        self.room = Guarded((size // 4,), torch.float32)
+        room = {"workspace": self.room.tensor, "workspace_bytes": size} if size > 0 else {}
+        library().call("linear_attention_prefill", **(room | fields)).launch(current_stream())
 
     def reference(
         self, row: int, dtype: torch.dtype, past: Tensor, tokens: slice = slice(None)
@@ -111,6 +115,7 @@ class Case:
         truth, true_state = self.reference(row, torch.float64, past)
         same, _ = self.reference(row, torch.float32, past)
         here = slice(self.starts[row], self.starts[row] + self.lengths[row])
+        self.room.check()
         assert_within_torch(self.output.check()[here], same.to(self.dtype), truth)
         state = self.state.check()[self.slots[row] if slot is None else slot]
         assert_state(state, true_state, self.lengths[row])
@@ -369,6 +374,22 @@ def test_prefill_shares(heads: int, dim: int, lengths: list[int]) -> None:
     for row, length in enumerate(lengths):
         if length > 0:
             case.check(row, case.past[row])
+
+
+@pytest.mark.parametrize(("heads", "dim"), SHAPES)
+def test_prefill_shares_without_rows(heads: int, dim: int) -> None:
+    """Skipped and empty rows have no share in the work; of a row too long the plan's part has."""
+    lengths = [2100, 1300, 900, 1700]
+    case = Case(heads=heads, dim=dim, dtype=torch.bfloat16, lengths=lengths, extra_slots=1)
+    case.slots = [4, -1, 2, 0]
+    case.prefill(lengths=[2100, 1300, 0, 1700], max_length=2000)
+    case.lengths[0] = 2000
+    case.check(0, case.past[4])
+    case.check(3, case.past[0])
+    state = case.state.check()
+    for slot in (1, 2, 3):
+        assert torch.equal(state[slot], case.past[slot])
+    assert bool(case.output.check()[2000 : case.starts[3]].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -67,7 +67,7 @@ Status launch(const LinearAttentionDecodeParams& params, Stream stream);
 
 Status validate(const LinearAttentionPrefillParams& params);
 size_t workspace_bytes(const LinearAttentionPrefillParams& params);
-// Enough for every call with at most this batch and max_length: fewer rows are cut into more parts.
+// Enough for every call with at most this batch and max_length: fewer rows are cut into more segments.
 size_t max_workspace_bytes(const LinearAttentionPrefillParams& params);
 Status launch(const LinearAttentionPrefillParams& params, Stream stream);
 

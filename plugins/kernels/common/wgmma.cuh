@@ -250,7 +250,8 @@ struct TileRing {
   template <typename More, typename Load>
   __device__ __forceinline__ void produce_while(const More& more, const Load& load) const {
     constexpr int kLag = kStages - 2;
-    int after = 0;  // the last tile
+    static_assert(kLag > 0, "a stage to look ahead, one to work on, and one to fill");
+    int after = 0;  // turns after the last tile: it is announced in the last of them
     for (int tile = 0; after < kLag; ++tile) {
       if (after == 0 && more(tile)) {
         barrier_wait(empty + 8 * (tile % kStages), (tile / kStages & 1) ^ 1);

@@ -30,7 +30,7 @@ PrefillPlan plan_prefill(const LinearAttentionPrefillParams& params, bool hopper
 
 // States in the workspace: at the start of every segment, and what every run adds.
 int64_t packed_states(const PrefillPlan& plan, int64_t heads) {
-  if (plan.segments == 1) return 0;
+  if (plan.segments == 1 || heads == 0) return 0;
   return heads * (2 * plan.segments - 1) + (plan.hopper ? kHopperShares : kShares);
 }
 

@@ -6,8 +6,8 @@
 namespace ringkernels {
 namespace linear_attention {
 
-// Blocks of segment_kernel: rows are cut into segments if they and their heads are fewer than half of them.
-// On Hopper one block is on each SM, elsewhere there are two on a large GPU.
+// Blocks of segment_kernel: heads of rows are cut into segments if they are at most half as many. An SM of
+// Hopper has one; elsewhere it has two, or one of head_dim 128 where it has less than 200 KB.
 constexpr int kHopperShares = 132, kShares = 264;
 
 struct PrefillPlan {

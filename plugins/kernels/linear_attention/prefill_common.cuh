@@ -1,9 +1,9 @@
 // What the prefill kernels share: the plan, tiles in shared memory, tensor-core instructions.
 //
 // A row is cut into segments so that one sequence fills the GPU. Three kernels run one after the other:
-//   segment_kernel  what each segment adds to the state, from its last tokens only where the decay forgets
-//   the rest scan_kernel     the state at the start of each segment chunk_kernel    outputs and final state,
-//   chunk by chunk
+//   segment_kernel: what each segment adds to the state, of its last tokens where the decay forgets the rest
+//   scan_kernel: the state at the start of each segment
+//   chunk_kernel: outputs and final state, chunk by chunk
 // With one segment per row only the last one runs. Every exponent is <= 0.
 #pragma once
 
@@ -109,7 +109,6 @@ __device__ __forceinline__ void weigh(uint32_t packed, const SplitWeights& weigh
 }
 
 // ---- the state
-// -----------------------------------------------------------------------------------------------------
 
 // The part of the state of one of kWarps warps, transposed: rows are kDim / kWarps value columns, columns are
 // the key dimensions. Element r of tile (m, n): value 16 m + lane / 4 + 8 (r / 2), key 8 n + 2 (lane % 4) + r

@@ -147,7 +147,7 @@ __device__ __forceinline__ void add_to_state(float (&s)[64], const Values<T>& va
 template <typename T>
 __device__ __forceinline__ void copy_runs(const PrefillArgs& args, SegmentTables& tables, uint32_t tiles) {
   const LinearAttentionPrefillParams& params = args.params;
-  ShareWalk<kHopperShares> walk(args, tables.line);
+  ShareWalk<kHopperShares> walk(args, tables.line, blockIdx.x, tables.line.first_pair(args, blockIdx.x));
   Run run;
   int begin = 0, end = 0;  // of the run, among all chunks
   const auto more = [&](int chunk) {
@@ -172,7 +172,8 @@ __device__ __forceinline__ void add_runs(const PrefillArgs& args, SegmentTables&
   const auto tile_of = [&](int chunk) { return tiles + chunk % kSegmentStages * SegmentShared::kStageBytes; };
   int begin = 0, turn = 0;
   Run run;
-  for (ShareWalk<kHopperShares> walk(args, tables.line); walk.next(run); begin += run.chunks, turn ^= 1) {
+  ShareWalk<kHopperShares> walk(args, tables.line, blockIdx.x, tables.line.first_pair(args, blockIdx.x));
+  for (; walk.next(run); begin += run.chunks, turn ^= 1) {
     const SplitWeights* weights = tables.weights[turn];
     fill_weights<T>(tables.weights[turn], run.log_decay, kChunk);
     named_barrier(kWeightsWritten, kComputeThreads);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 2) segment_kernel(const __grid_const
   wait_for_previous_kernel();
   allow_next_kernel();
   tables.line.measure(args);
-  ShareWalk<kShares> walk(args, tables.line);
+  ShareWalk<kShares> walk(args, tables.line, blockIdx.x, tables.line.first_pair(args, blockIdx.x));
   for (Run run; walk.next(run);) {
     const int64_t first = run.first * params.row_stride + run.head * kDim;
     const auto load = [&](int chunk) {
@@ -76,7 +76,8 @@ struct ScanSteps {
   int slot;   // of the first step
   int count;
 
-  // By a whole block, for pair `index`. Nothing is found if no segment's sum is needed.
+  // By a whole block, for pair `index`: the same runs in the same slots as segment_kernel's blocks walk.
+  // Nothing is found if no segment's sum is needed.
   __device__ __forceinline__ void find(const PrefillArgs& args, int index) {
     line.measure(args);
     const Pair pair = line.pairs[index];
@@ -90,16 +91,11 @@ struct ScanSteps {
     __syncthreads();
     const int forgotten = args.segment_tokens - pair.chunks * kChunk;  // tokens of each segment
     for (int share = first + threadIdx.x; share <= last; share += kScanThreads) {
-      const uint32_t share_begin = line.border(share), share_end = line.border(share + 1);
-      int segment = (max(share_begin, begin) - begin) / pair.width();
-      for (; segment < segments; ++segment) {
-        const uint32_t place = begin + segment * pair.width();
-        if (place >= share_end) break;
-        const int from = pair.cut((int)(share_begin - place)), to = pair.cut((int)(share_end - place));
-        if (from == to) continue;
-        const int tokens = (to - from) * kChunk + (from == 0 ? forgotten : 0);
-        const int16_t starts = static_cast<int16_t>(from == 0 ? segment : -1);
-        steps[share - first + segment] = ScanStep{expm1f(pair.log_decay * tokens), starts, 1};
+      Run run;
+      for (ShareWalk<kShares> walk(args, line, share, index); walk.next(run) && run.slot < slot + found;) {
+        const int tokens = run.chunks * kChunk + (run.starts >= 0 ? forgotten : 0);
+        const float shrink = expm1f(pair.log_decay * tokens);
+        steps[run.slot - slot] = ScanStep{shrink, static_cast<int16_t>(run.starts), 1};
       }
     }
     __syncthreads();

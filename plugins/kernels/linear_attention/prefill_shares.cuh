@@ -47,7 +47,7 @@ __device__ __forceinline__ uint32_t inclusive_sum(uint32_t value) {
 template <int kShares>
 struct Line {
   static constexpr int kMaxPairs = kShares / 2;
-  Pair pairs[kMaxPairs + 1];      // and what is before the end
+  Pair pairs[kMaxPairs + 1];      // of the one behind the last: `segments`, that is of all
   uint32_t start[kMaxPairs + 1];  // of each pair, and the end
   uint32_t length;
 
@@ -87,19 +87,20 @@ struct Line {
   __device__ __forceinline__ uint32_t border(int share) const {
     return length / kShares * share + length % kShares * share / kShares;
   }
-  // The share that a place is in.
+  // The share that a place is in: rounding may leave the estimate beside it.
   __device__ __forceinline__ int share_at(uint32_t place) const {
     int share = min((int)((float)place * ((float)kShares / (float)length)), kShares - 1);
     while (border(share) > place) --share;
     while (border(share + 1) <= place) ++share;
     return share;
   }
-  // The pair that a place is in; by whole warps.
-  __device__ __forceinline__ int pair_at(const PrefillArgs& args, uint32_t place) const {
+  // The pair where a share begins, any if the share is empty; by whole warps.
+  __device__ __forceinline__ int first_pair(const PrefillArgs& args, int share) const {
     const int count = args.params.batch * args.params.num_heads, lane = threadIdx.x % 32;
+    const uint32_t place = border(share);
     int before = 0;
     for (int base = 0; base < count; base += 32) {
-      const bool behind = base + lane < count && start[base + lane + 1] <= place;
+      const bool behind = base + lane + 1 < count && start[base + lane + 1] <= place;
       before += __popc(__ballot_sync(0xffffffffu, behind));
     }
     return before;
@@ -119,22 +120,23 @@ struct Run {
   int head;
   int64_t first;  // token in N
   int chunks;
-  int slot;  // no other run's, in the order of the line
+  int starts;  // the segment of the pair that this is the first run of, or -1
+  int slot;    // no other run's, in the order of the line
 };
 
-// The runs of this block's share, one after the other. By whole warps.
+// The runs of a share from pair `index` on, one after the other.
 template <int kShares>
 class ShareWalk {
  public:
-  __device__ __forceinline__ ShareWalk(const PrefillArgs& args, const Line<kShares>& line)
+  __device__ __forceinline__ ShareWalk(const PrefillArgs& args, const Line<kShares>& line, int share,
+                                       int index)
       : line_(line),
         segment_tokens_(args.segment_tokens),
-        begin_(line.border(blockIdx.x)),
-        end_(line.border(blockIdx.x + 1)) {
-    if (begin_ == end_) return;
-    index_ = line.pair_at(args, begin_);
-    segment_ = (begin_ - line.start[index_]) / line.pairs[index_].width();
-  }
+        share_(share),
+        begin_(line.border(share)),
+        end_(line.border(share + 1)),
+        index_(index),
+        segment_((max(begin_, line.start[index]) - line.start[index]) / line.pairs[index].width()) {}
 
   __device__ __forceinline__ bool next(Run& run) {
     if (begin_ == end_) return false;
@@ -152,7 +154,8 @@ class ShareWalk {
       run.head = pair.head;
       run.first = (int64_t)segment_ * segment_tokens_ + pair.first + from * kChunk;
       run.chunks = to - from;
-      run.slot = blockIdx.x + pair.segments + segment_;
+      run.starts = from == 0 ? segment_ : -1;
+      run.slot = share_ + pair.segments + segment_;
       ++segment_;
       return true;
     }
@@ -160,9 +163,9 @@ class ShareWalk {
 
  private:
   const Line<kShares>& line_;
-  const int segment_tokens_;
+  const int segment_tokens_, share_;
   const uint32_t begin_, end_;
-  int index_ = 0, segment_ = 0;
+  int index_, segment_;
 };
 
 }  // namespace linear_attention
