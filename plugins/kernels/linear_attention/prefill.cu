@@ -21,21 +21,21 @@ int64_t divide_up(int64_t dividend, int64_t divisor) { return (dividend + diviso
 
 PrefillPlan plan_prefill(const LinearAttentionPrefillParams& params, bool hopper) {
   const int64_t heads = std::max<int64_t>(1, (int64_t)params.batch * params.num_heads);
-  const int64_t wanted = std::max<int64_t>(1, (hopper ? kHopperShares : kShares) / heads);
+  const int64_t wanted = std::max<int64_t>(1, (hopper ? kMaxHopperShares : kMaxPortableShares) / heads);
   const int64_t length = std::max<int64_t>(1, params.max_length);
   const int64_t each = std::max(kMinSegmentTokens, divide_up(length, wanted));
   const int64_t segment_tokens = divide_up(each, kChunkTokens) * kChunkTokens;
-  return PrefillPlan{(int32_t)divide_up(length, segment_tokens), (int32_t)segment_tokens, hopper, 0};
+  return PrefillPlan{(int32_t)divide_up(length, segment_tokens), (int32_t)segment_tokens, hopper, 0, 0, 0};
 }
 
 // States in the workspace: at the start of every segment, and what every run adds.
 int64_t packed_states(const PrefillPlan& plan, int64_t heads) {
   if (plan.segments == 1 || heads == 0) return 0;
-  return heads * (2 * plan.segments - 1) + (plan.hopper ? kHopperShares : kShares);
+  return heads * (2 * plan.segments - 1) + (plan.hopper ? kMaxHopperShares : kMaxPortableShares);
 }
 
 struct Device {
-  int major = 0, minor = 0, shared_bytes = 0;
+  int major = 0, minor = 0, shared_bytes = 0, sm_shared_bytes = 0, sms = 0;
 };
 
 cudaError_t find_device(Device& device) {
@@ -44,6 +44,8 @@ cudaError_t find_device(Device& device) {
   if (error != cudaSuccess) return error;
   cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
   cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index);
+  cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index);
+  cudaDeviceGetAttribute(&device.sm_shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   return shared_bytes_per_block(index, &device.shared_bytes);
 }
 
@@ -104,7 +106,7 @@ size_t max_workspace_bytes(const LinearAttentionPrefillParams& params) {
   using namespace linear_attention;
   if (params.max_length <= kMinSegmentTokens) return 0;
   // heads * segments is at most the number of shares.
-  return (size_t)(3 * kShares * params.head_dim * params.head_dim) * sizeof(float);
+  return (size_t)(3 * kMaxPortableShares * params.head_dim * params.head_dim) * sizeof(float);
 }
 
 Status launch(const LinearAttentionPrefillParams& params, Stream stream) {
@@ -115,6 +117,8 @@ Status launch(const LinearAttentionPrefillParams& params, Stream stream) {
   const bool hopper = !kPortableOnly && params.head_dim == 128 && device.major == 9 && device.minor == 0;
   auto plan = linear_attention::plan_prefill(params, hopper);
   plan.shared_bytes = device.shared_bytes;
+  plan.sm_shared_bytes = device.sm_shared_bytes;
+  plan.sms = device.sms;
   return params.dtype == DType::kBFloat16
              ? linear_attention::launch_prefill<__nv_bfloat16>(params, plan, stream)
              : linear_attention::launch_prefill<__half>(params, plan, stream);

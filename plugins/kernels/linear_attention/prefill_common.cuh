@@ -28,6 +28,7 @@ struct PrefillArgs {
   LinearAttentionPrefillParams params;
   int32_t segments;        // of the longest row
   int32_t segment_tokens;  // a multiple of kChunk
+  int32_t shares;          // blocks of segment_kernel
 };
 
 // Where a row is. A row without work has length 0.

@@ -49,7 +49,7 @@ struct Barriers {
 struct SegmentTables {
   SplitWeights weights[2][kChunk / 2];  // of a run, and of the one before
   Barriers<kSegmentStages> barriers;
-  Line<kHopperShares> line;
+  Line<kMaxHopperShares> line;
 };
 struct ChunkTables {
   SplitWeights weights[2][kChunk / 2];  // of a full chunk, and of the last one
@@ -147,7 +147,7 @@ __device__ __forceinline__ void add_to_state(float (&s)[64], const Values<T>& va
 template <typename T>
 __device__ __forceinline__ void copy_runs(const PrefillArgs& args, SegmentTables& tables, uint32_t tiles) {
   const LinearAttentionPrefillParams& params = args.params;
-  ShareWalk<kHopperShares> walk(args, tables.line, blockIdx.x, tables.line.first_pair(args, blockIdx.x));
+  ShareWalk<kMaxHopperShares> walk(args, tables.line, blockIdx.x, tables.line.first_pair(args, blockIdx.x));
   Run run;
   int begin = 0, end = 0;  // of the run, among all chunks
   const auto more = [&](int chunk) {
@@ -172,7 +172,7 @@ __device__ __forceinline__ void add_runs(const PrefillArgs& args, SegmentTables&
   const auto tile_of = [&](int chunk) { return tiles + chunk % kSegmentStages * SegmentShared::kStageBytes; };
   int begin = 0, turn = 0;
   Run run;
-  ShareWalk<kHopperShares> walk(args, tables.line, blockIdx.x, tables.line.first_pair(args, blockIdx.x));
+  ShareWalk<kMaxHopperShares> walk(args, tables.line, blockIdx.x, tables.line.first_pair(args, blockIdx.x));
   for (; walk.next(run); begin += run.chunks, turn ^= 1) {
     const SplitWeights* weights = tables.weights[turn];
     fill_weights<T>(tables.weights[turn], run.log_decay, kChunk);

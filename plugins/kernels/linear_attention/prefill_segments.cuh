@@ -10,7 +10,7 @@ constexpr int kSegmentStages = 3;
 constexpr int kScanThreads = 256;
 struct SegmentTables {
   SplitWeights weights[kChunk / 2];
-  Line<kShares> line;
+  Line<kMaxPortableShares> line;
 };
 template <typename T, int kDim>
 constexpr size_t segment_shared_bytes() {
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kThreads, 2) segment_kernel(const __grid_const
   wait_for_previous_kernel();
   allow_next_kernel();
   tables.line.measure(args);
-  ShareWalk<kShares> walk(args, tables.line, blockIdx.x, tables.line.first_pair(args, blockIdx.x));
+  ShareWalk<kMaxPortableShares> walk(args, tables.line, blockIdx.x,
+                                     tables.line.first_pair(args, blockIdx.x));
   for (Run run; walk.next(run);) {
     const int64_t first = run.first * params.row_stride + run.head * kDim;
     const auto load = [&](int chunk) {
@@ -69,10 +70,10 @@ struct ScanStep {
   int16_t used;     // 0: no run has this slot
 };
 
-template <int kShares>
+template <int kMaxShares>
 struct ScanSteps {
-  Line<kShares> line;
-  ScanStep steps[2 * kShares];
+  Line<kMaxShares> line;
+  ScanStep steps[2 * kMaxShares];
   int slot;   // of the first step
   int count;
 
@@ -80,7 +81,7 @@ struct ScanSteps {
   // Nothing is found if no segment's sum is needed.
   __device__ __forceinline__ void find(const PrefillArgs& args, int index) {
     line.measure(args);
-    const Pair pair = line.pairs[index];
+    const HeadRow pair = line.pairs[index];
     const int segments = line.segments(index);
     const uint32_t begin = line.start[index], end = line.start[index + 1];
     const bool any = begin < end;
@@ -92,7 +93,7 @@ struct ScanSteps {
     const int forgotten = args.segment_tokens - pair.chunks * kChunk;  // tokens of each segment
     for (int share = first + threadIdx.x; share <= last; share += kScanThreads) {
       Run run;
-      for (ShareWalk<kShares> walk(args, line, share, index); walk.next(run) && run.slot < slot + found;) {
+      for (ShareWalk<kMaxShares> walk(args, line, share, index); walk.next(run) && run.slot < slot + found;) {
         const int tokens = run.chunks * kChunk + (run.starts >= 0 ? forgotten : 0);
         const float shrink = expm1f(pair.log_decay * tokens);
         steps[run.slot - slot] = ScanStep{shrink, static_cast<int16_t>(run.starts), 1};
@@ -103,14 +104,14 @@ struct ScanSteps {
 };
 
 // Turns what the runs add into the state at the start of each segment. Grid: x = parts of a state, y = head,
-// z = row. kStateWarps, kShares: of the kernels that read and write the packed states.
+// z = row. kStateWarps, kMaxShares: of the kernels that read and write the packed states.
 // A kernel of the chain starts when every block of the kernel before has passed its wait, so what ended
 // before that one can be read at once; only what that one writes has to be waited for.
-template <typename T, int kDim, int kStateWarps, int kShares>
+template <typename T, int kDim, int kStateWarps, int kMaxShares>
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constant__ PrefillArgs args) {
   constexpr int kAtOnce = 8;
   using Tile = StateTile<T, kDim, kStateWarps>;
-  __shared__ ScanSteps<kShares> scan;
+  __shared__ ScanSteps<kMaxShares> scan;
   const LinearAttentionPrefillParams& params = args.params;
   const int head = blockIdx.y;
   const int index = blockIdx.x * kScanThreads + threadIdx.x;  // of 16 bytes in the packed state

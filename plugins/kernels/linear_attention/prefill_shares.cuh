@@ -16,7 +16,7 @@ constexpr int kRunCost = 4;      // of a run besides its chunks, in chunks
 constexpr int kUncutChunks = 8;  // up to so many of a segment go to one block: another run costs more
 
 // A head of a row, and its segments on the line.
-struct Pair {
+struct HeadRow {
   float log_decay;
   uint32_t first;  // token in N of the first chunk on the line
   int chunks;      // of each segment
@@ -44,12 +44,12 @@ __device__ __forceinline__ uint32_t inclusive_sum(uint32_t value) {
 
 // The whole line, in shared memory. 32 bits hold a place: all tokens of a GPU's memory, and kRunCost for each
 // segment.
-template <int kShares>
+template <int kMaxShares>
 struct Line {
-  static constexpr int kMaxPairs = kShares / 2;
-  Pair pairs[kMaxPairs + 1];      // of the one behind the last: `segments`, that is of all
+  static constexpr int kMaxPairs = kMaxShares / 2;
+  HeadRow pairs[kMaxPairs + 1];      // of the one behind the last: `segments`, that is of all
   uint32_t start[kMaxPairs + 1];  // of each pair, and the end
-  uint32_t length;
+  uint32_t each, longer;          // the length of a share; so many are longer by one
 
   // By a whole block.
   __device__ __forceinline__ void measure(const PrefillArgs& args) {
@@ -60,7 +60,7 @@ struct Line {
         const bool inside = base + lane < count;
         const int index = inside ? base + lane : 0;
         const Row row = locate_row(args.params, index / args.params.num_heads);
-        Pair pair = measure_pair(args, row, index % args.params.num_heads);
+        HeadRow pair = measure_pair(args, row, index % args.params.num_heads);
         const uint32_t own = inside && row.length > 0 ? (row.length - 1) / args.segment_tokens : 0;
         const uint32_t widths = inclusive_sum(own * pair.width()), counts = inclusive_sum(own);
         if (inside) {
@@ -72,7 +72,8 @@ struct Line {
         segments_before += __shfl_sync(0xffffffffu, counts, 31);
       }
       if (lane == 0) {
-        start[count] = length = begin;
+        start[count] = begin;
+        each = begin / args.shares, longer = begin % args.shares;
         pairs[count].segments = static_cast<uint16_t>(segments_before);
       }
     }
@@ -83,16 +84,14 @@ struct Line {
   __device__ __forceinline__ int segments(int index) const {
     return pairs[index + 1].segments - pairs[index].segments;
   }
-  // Where a share begins: length * share / kShares.
-  __device__ __forceinline__ uint32_t border(int share) const {
-    return length / kShares * share + length % kShares * share / kShares;
+  // Where a share begins.
+  __device__ __forceinline__ uint32_t border(uint32_t share) const {
+    return each * share + min(share, longer);
   }
-  // The share that a place is in: rounding may leave the estimate beside it.
+  // The share that a place is in.
   __device__ __forceinline__ int share_at(uint32_t place) const {
-    int share = min((int)((float)place * ((float)kShares / (float)length)), kShares - 1);
-    while (border(share) > place) --share;
-    while (border(share + 1) <= place) ++share;
-    return share;
+    const uint32_t end_of_longer = border(longer);
+    return place < end_of_longer ? place / (each + 1) : longer + (place - end_of_longer) / each;
   }
   // The pair where a share begins, any if the share is empty; by whole warps.
   __device__ __forceinline__ int first_pair(const PrefillArgs& args, int share) const {
@@ -107,11 +106,11 @@ struct Line {
   }
 
  private:
-  __device__ __forceinline__ static Pair measure_pair(const PrefillArgs& args, const Row& row, int head) {
+  __device__ __forceinline__ static HeadRow measure_pair(const PrefillArgs& args, const Row& row, int head) {
     const float log_decay = args.params.log_decay[head];
     const int tokens = remembered_tokens(log_decay, args.segment_tokens);
     const auto first = static_cast<uint32_t>(row.first + args.segment_tokens - tokens);
-    return Pair{log_decay, first, tokens / kChunk, static_cast<uint16_t>(head), 0};
+    return HeadRow{log_decay, first, tokens / kChunk, static_cast<uint16_t>(head), 0};
   }
 };
 
@@ -125,10 +124,10 @@ struct Run {
 };
 
 // The runs of a share from pair `index` on, one after the other.
-template <int kShares>
+template <int kMaxShares>
 class ShareWalk {
  public:
-  __device__ __forceinline__ ShareWalk(const PrefillArgs& args, const Line<kShares>& line, int share,
+  __device__ __forceinline__ ShareWalk(const PrefillArgs& args, const Line<kMaxShares>& line, int share,
                                        int index)
       : line_(line),
         segment_tokens_(args.segment_tokens),
@@ -145,7 +144,7 @@ class ShareWalk {
         if (line_.start[++index_] >= end_) return false;
         segment_ = 0;
       }
-      const Pair& pair = line_.pairs[index_];
+      const HeadRow& pair = line_.pairs[index_];
       const uint32_t place = line_.start[index_] + segment_ * pair.width();
       if (place >= end_) return false;
       const int from = pair.cut((int)(begin_ - place)), to = pair.cut((int)(end_ - place));
@@ -162,7 +161,7 @@ class ShareWalk {
   }
 
  private:
-  const Line<kShares>& line_;
+  const Line<kMaxShares>& line_;
   const int segment_tokens_, share_;
   const uint32_t begin_, end_;
   int index_, segment_;
