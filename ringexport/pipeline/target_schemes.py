@@ -199,7 +199,7 @@ def _expert_schemes(
 
 
 def _onnxruntime_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) -> tuple[str, ...]:
-    int8 = folded = rounded = plain = experts = 0
+    int8 = folded = rounded = plain = experts = shared = 0
     native_modules = _native_modules(config, schemes)
     unrounded_layers = _unrounded_layers(config, schemes)
     for module in quantizable_modules(config):
@@ -217,6 +217,8 @@ def _onnxruntime_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) 
             rounded += not differ
             plain += differ
             experts += is_down
+            is_static = scheme.activations.mode is ActivationMode.STATIC
+            shared += bool(is_expert) and is_static and not (is_down or differ)
     notes = []
     if int8:
         notes.append(
@@ -226,6 +228,11 @@ def _onnxruntime_notes(config: RingConfig, schemes: Mapping[str, ModuleScheme]) 
         notes.append(
             f"{rounded} modules: weights FP8, inputs rounded to FP8, products computed in fp32"
             + (f"; the inputs of the {experts} down_proj of experts not" if experts else "")
+        )
+    if shared:
+        notes.append(
+            f"{shared} modules: experts of a layer share an input, it is rounded with the static"
+            " scale of the first"
         )
     if plain:
         notes.append(

@@ -149,6 +149,15 @@ def scheme_of(inputs: str | None, number_format: NumberFormat) -> ModuleScheme:
     )
 
 
+@pytest.mark.parametrize(("recipe", "shared"), [("fp8", 0), ("fp8-static", 5 * 32 * 2)])
+def test_static_scales_of_experts_on_the_cpu(config: RingConfig, recipe: str, shared: int) -> None:
+    """The experts of a layer read one input in one graph: it can be rounded with one scale."""
+    notes = computation_notes(config, schemes_of(recipe, config), ("onnxruntime:cpu",))
+    said = f"{shared} modules: experts of a layer share an input, it is rounded with the static"
+    assert any(note.startswith(said) for note in notes) == (shared > 0)
+    assert any("static scale of the first" in note for note in notes) == (shared > 0)
+
+
 LAYER = "model.layers.2.mlp.experts."
 PLAIN_FP8 = scheme_of(None, NumberFormat.FP8_E4M3)
 INT8 = scheme_of("token", NumberFormat.INT8)
