@@ -24,7 +24,7 @@ __all__ = [
 
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "plugins" / "hosts" / "tensorrt"
-SOURCES = ("call", "creators", "error", "no_kernels", "op", "ops", "plugin")
+SOURCES = sorted(path.stem for path in HOST.glob("*.cpp"))
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 
