@@ -126,7 +126,7 @@ class PluginLibrary:
         """Register the plugins; loading the same file again changes nothing.
 
         Raises:
-            BackendUnavailableError: the file cannot be loaded.
+            BackendUnavailableError: the file cannot be loaded, or lacks what plugins export.
         """
         registry = tensorrt.module.get_plugin_registry()
         registry.parent_search_enabled = True
@@ -134,8 +134,11 @@ class PluginLibrary:
         if "RingLinearAttention" in known:
             return
         try:
-            ctypes.CDLL(str(self.path.resolve()))  # says why, the registry does not
-        except OSError as error:
+            # This says why; the registry only says that it has not loaded it.
+            library = ctypes.CDLL(str(self.path.resolve()))
+            for symbol in ("getCreators", "setLoggerFinder"):
+                getattr(library, symbol)
+        except (OSError, AttributeError) as error:
             raise BackendUnavailableError(
                 f"the plugin library cannot be loaded: {error}", hint=BUILD_HINT
             ) from error

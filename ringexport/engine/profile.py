@@ -17,6 +17,8 @@ LETTERS = {"rows": "B", "new_tokens": "T", "logits": "L", "cache_tokens": "S"}
 CONTEXT = "context"
 """In a range: as many tokens as the model can hold."""
 
+EXAMPLE_HINT = "engines/profiles/default.toml shows what a profile holds"
+
 MAX_EXTENT = 1 << 24
 MAX_WORKSPACE_MIB = 1 << 20
 SHIPPED = "default"
@@ -67,7 +69,10 @@ class ShapeProfile:
 
     def _extents(self, letter: str, context: int) -> tuple[int, int, int]:
         if letter not in self.ranges:
-            raise ConfigError(f"the profile {self.name} has no range for the dimension {letter!r}")
+            raise ConfigError(
+                f"the profile {self.name} has no range for the dimension {letter!r}",
+                hint=f"a graph of ringexport has the dimensions {', '.join(self.ranges)}",
+            )
         bound = context if letter in "TS" else MAX_EXTENT
         return self.ranges[letter].within(bound)
 
@@ -176,8 +181,10 @@ def load_profile(name: str = SHIPPED) -> EngineProfile:
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"the engine profile {path} cannot be read: {reason}") from error
-    except ValueError as error:
-        raise ConfigError(f"the engine profile {path} is no TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"the engine profile {path} is no TOML: {error!s:.200}", hint=EXAMPLE_HINT
+        ) from error
     _check_keys(value, ("decode", "prefill", "options"), str(path))
     profile = EngineProfile(
         name=path.stem,
@@ -186,7 +193,9 @@ def load_profile(name: str = SHIPPED) -> EngineProfile:
         options=_options(value.get("options", {}), path),
     )
     if profile.decode.ranges["T"] != Range(1, 1, 1):
-        raise ConfigError(f"{path}: decode.new_tokens is not [1, 1, 1]")
+        raise ConfigError(
+            f"{path}: decode.new_tokens is not [1, 1, 1]", hint="leave it out of the file"
+        )
     return profile
 
 
@@ -216,8 +225,9 @@ def _range(entry: Any, where: str) -> Range:
         correct = correct and numbers == sorted(numbers)
     if not correct:
         raise ConfigError(
-            f"{where} is {str(entry)[:80]}, expected three rising numbers, the last of which may be"
-            f" {CONTEXT!r}"
+            f"{where} is {str(entry)[:80]}, expected three rising numbers of 1 to {MAX_EXTENT}, the"
+            f" last of which may be {CONTEXT!r}",
+            hint=EXAMPLE_HINT,
         )
     return Range(entry[0], entry[1], None if entry[2] == CONTEXT else entry[2])
 
@@ -229,23 +239,31 @@ def _options(table: Any, path: Path) -> BuildOptions:
     for key, entry in table.items():
         wanted: type = bool if kinds[key] is False else str if key == "timing_cache" else int
         if type(entry) is not wanted:
-            raise ConfigError(f"{where}.{key} is {entry!r}, expected {wanted.__name__}")
+            raise ConfigError(
+                f"{where}.{key} is {entry!r:.80}, expected {wanted.__name__}", hint=EXAMPLE_HINT
+            )
     level, workspace = table.get("optimization_level", 0), table.get("workspace_mib", 1)
     if not 0 <= level <= 5:
-        raise ConfigError(f"{where}.optimization_level is {level}, expected 0 to 5")
+        raise ConfigError(
+            f"{where}.optimization_level is {level}, expected 0 to 5", hint=EXAMPLE_HINT
+        )
     if not 1 <= workspace <= MAX_WORKSPACE_MIB:
         raise ConfigError(
-            f"{where}.workspace_mib is {workspace}, expected 1 to {MAX_WORKSPACE_MIB}"
+            f"{where}.workspace_mib is {workspace}, expected 1 to {MAX_WORKSPACE_MIB}",
+            hint=EXAMPLE_HINT,
         )
     cache = table.get("timing_cache")
     if cache == "":
-        raise ConfigError(f"{where}.timing_cache is empty, expected the path of a file")
+        raise ConfigError(
+            f"{where}.timing_cache is empty, expected the path of a file",
+            hint="leave it out to keep no timings",
+        )
     return BuildOptions(**(table | ({"timing_cache": Path(cache)} if cache else {})))
 
 
 def _check_keys(table: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} is no table")
+        raise ConfigError(f"{where} is no table", hint=EXAMPLE_HINT)
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

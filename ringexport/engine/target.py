@@ -77,7 +77,9 @@ class EngineTarget:
                     hint=f"choices: {', '.join(f'sm_{one}' for one in known)}",
                 )
         if given != len(self.architectures):
-            raise ConfigError(f"the target {self.name} names an architecture twice")
+            raise ConfigError(
+                f"the target {self.name} names an architecture twice", hint="name each once"
+            )
         if self.flavor == "tensorrt" and len(self.architectures) > 1:
             raise ConfigError(
                 f"a tensorrt engine is for one architecture, {self.name} names"

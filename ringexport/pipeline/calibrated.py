@@ -44,7 +44,7 @@ class CalibrationRequest:
     decay_index: str = DecayIndex.SERVING.value
 
     def __post_init__(self) -> None:
-        if self.stats is not None and (self.prompts or self.num_samples):
+        if self.stats is not None and (self.prompts is not None or self.num_samples):
             raise ConfigError(
                 "both calibration stats and a calibration are asked for",
                 hint="give --stats, or --calibration and --calibration-samples",
@@ -53,7 +53,7 @@ class CalibrationRequest:
     @property
     def is_explicit(self) -> bool:
         """Whether the user said anything about calibration."""
-        return bool(self.prompts or self.num_samples or self.stats)
+        return any(one is not None for one in (self.prompts, self.num_samples, self.stats))
 
 
 class CalibrationPlan:
@@ -74,7 +74,7 @@ class CalibrationPlan:
             _check_decay(self._stats, self._decay_index)
             return
         calibrate = _calibrate_package()
-        name = request.prompts or DEFAULT_PROMPTS
+        name = DEFAULT_PROMPTS if request.prompts is None else request.prompts
         prompts: PromptSet = calibrate.load_prompts(name)
         if prompts.name == name:  # a file counts by its name: its folder must not shape the output
             prompts = replace(prompts, name=Path(name).name)

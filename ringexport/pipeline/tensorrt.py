@@ -143,7 +143,7 @@ def prepare_tensorrt(
         )
     if not targets:
         return {}
-    profile = load_profile(request.profile or SHIPPED)
+    profile = load_profile(SHIPPED if request.profile is None else request.profile)
     for target in targets:
         check_model(target.name, config)
     library = find_library(request.plugin_library)

@@ -72,11 +72,17 @@ def _read(path: Path, source: str) -> dict[str, Any]:
     except OSError as failure:
         raise ConfigError(f"cannot read {path}: {failure.strerror or failure}") from failure
     if len(data) > _LIMIT_BYTES:
-        raise ConfigError(f"{source} has more than {_LIMIT_BYTES:,} bytes")
+        raise ConfigError(
+            f"{source} has more than {_LIMIT_BYTES:,} bytes",
+            hint="give a file like those in calibration/recipes",
+        )
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as failure:
-        raise ConfigError(f"{source} is not valid TOML: {failure!s:.200}") from failure
+        raise ConfigError(
+            f"{source} is not valid TOML: {failure!s:.200}",
+            hint="give a file like those in calibration/recipes",
+        ) from failure
 
 
 def _directory() -> Path:

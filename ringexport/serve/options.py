@@ -56,7 +56,8 @@ class ServeOptions:
         if not (0 < len(self.model_name) <= MAX_NAME and self.model_name.isprintable()):
             raise ConfigError(
                 f"the model's name is {self.model_name!r:.80}, expected 1 to {MAX_NAME} printable"
-                " characters"
+                " characters",
+                hint="give another --model-name, or none for the name of the bundle",
             )
         if self.api_key is not None and not _usable(self.api_key):
             raise ConfigError(  # without the key itself

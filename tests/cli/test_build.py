@@ -117,6 +117,7 @@ def test_resolve_gives_one_hashable_value() -> None:
             ["does not run the recipe fp8-block", "recipes that it runs: bf16, fp8, fp8-static"],
         ),
         (["--target", "tensorrt-rtx:sm_89", "--profile", "fast"], 3, ["unknown engine profile"]),
+        (["--target", "tensorrt-rtx:sm_89", "--profile", ""], 3, ["unknown engine profile ''"]),
         (["--profile", "nope"], 3, ["no TensorRT engine is built for onnxruntime:cpu"]),
         (["--profile", "default"], 3, ["an engine profile is given", "leave out --profile"]),
         (["--stats", "no.stats"], 3, ["a calibration is given", "fp32 quantizes nothing"]),

@@ -68,14 +68,17 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
         ('[prefill]\ncache_tokens = [512, 4096, "context"]\n', "a range that holds 2"),
         ("[options]\nfast = true\n", "unknown key 'fast'"),
         ("options = 3\n", "is no table"),
+        ("decode = 3\n", "decode is no table"),
         ("[prefill\n", "is no TOML"),
+        ("a = " + "[" * 5000, "is no TOML"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         load_profile(str(path))
+    assert caught.value.hint is not None
 
 
 def test_names_that_are_refused(tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ def test_other_families(name: str) -> None:
     ],
 )
 def test_targets_that_cannot_be(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         EngineTarget.parse(name)
+    assert caught.value.hint is not None
 
 
 def test_the_hint_is_a_target_that_can_be() -> None:

@@ -1,13 +1,16 @@
 """What the plugin library shows to the outside, and the header that is made from the ops."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ringexport.engine.flavor import FLAVORS, TensorRt
 from ringexport.engine.plugins import (
     ABI_VERSION,
     DEFAULT_LIBRARY,
@@ -87,6 +90,19 @@ def test_a_truncated_library_is_refused(host_plugins: Path, tmp_path: Path) -> N
     path.write_bytes(host_plugins.read_bytes()[:-100])
     with pytest.raises(BackendUnavailableError, match=r"libringplugins\.so is truncated"):
         find_library(path)
+
+
+def test_a_library_that_exports_no_plugins_is_refused(tmp_path: Path) -> None:
+    """Whatever it says about itself."""
+    path = tmp_path / "libringplugins.so"
+    other = Path(importlib.util.find_spec("_ctypes").origin).read_bytes()  # type: ignore[union-attr, arg-type]
+    said = f"@(#)ringplugins;version={__version__};abi={ABI_VERSION};kernels=89;tensorrt_headers=1;"
+    path.write_bytes(other + said.encode())
+    registry = SimpleNamespace(all_creators=[])
+    module = SimpleNamespace(get_plugin_registry=lambda: registry)
+    tensorrt = TensorRt(flavor=FLAVORS["tensorrt-rtx"], module=module)
+    with pytest.raises(BackendUnavailableError, match="undefined symbol: getCreators"):
+        find_library(path).load(tensorrt)
 
 
 @pytest.mark.parametrize(

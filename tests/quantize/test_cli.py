@@ -77,6 +77,7 @@ def test_stats_and_own_recipe(
         (["--recipe", "x"], 3, "hint: choices: bf16, fp32, fp8,"),
         (["--recipe", "int8", "--calibration", "x"], 3, "hint: choices: chat, code, english, all"),
         (["--recipe", "int8", "--save-stats", "/proc/stats"], 6, "cannot write /proc/stats"),
+        (["--recipe", "int8", "--calibration", ""], 3, "there is no prompt set ''"),
         (["--recipe", "bf16"], 3, "quantizes nothing"),
         (["--stats", "none"], 3, "calibration stats none: No such file or directory\nhint: give"),
         (["--recpe", "fp8"], 2, "recpe"),

@@ -259,8 +259,9 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     for data in (b"a = ", b"\xff", b"x = 1\n" * 200_000):
         broken.write_bytes(data)
-        with pytest.raises(ConfigError, match=r"broken\.toml"):
+        with pytest.raises(ConfigError, match=r"broken\.toml") as caught:
             load_recipe(str(broken))
+        assert caught.value.hint is not None
     broken.write_text('base = "broken.toml"')
     with pytest.raises(ConfigError, match="more than 8 recipes below it"):
         load_recipe(str(broken))

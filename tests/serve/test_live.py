@@ -296,6 +296,8 @@ def test_what_the_command_refuses(call: Call, nano_bundle: Path) -> None:
     assert_refused(refused, 3, "API key")
     assert "two words" not in refused.err
     assert_refused(call("serve", nano_bundle, "--api-key", ""), 3, "API key")
+    refused = call("serve", nano_bundle, "--model-name", "")
+    assert_refused(refused, 3, "the model's name is", "hint: give another --model-name")
     assert_refused(call("serve", nano_bundle, "--host", "256.0.0.1"), 3, "256.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -74,7 +74,7 @@ template <int kMaxShares>
 struct ScanSteps {
   Line<kMaxShares> line;
   ScanStep steps[2 * kMaxShares];
-  int slot;   // of the first step
+  int slot;  // of the first step
   int count;
 
   // By a whole block, for pair `index`: the same runs in the same slots as segment_kernel's blocks walk.

@@ -47,7 +47,7 @@ __device__ __forceinline__ uint32_t inclusive_sum(uint32_t value) {
 template <int kMaxShares>
 struct Line {
   static constexpr int kMaxPairs = kMaxShares / 2;
-  HeadRow pairs[kMaxPairs + 1];      // of the one behind the last: `segments`, that is of all
+  HeadRow pairs[kMaxPairs + 1];   // of the one behind the last: `segments`, that is of all
   uint32_t start[kMaxPairs + 1];  // of each pair, and the end
   uint32_t each, longer;          // the length of a share; so many are longer by one
 

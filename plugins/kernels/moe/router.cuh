@@ -66,8 +66,8 @@ __device__ __forceinline__ float fold_warp(float (&values)[kCount]) {
   return values[0];
 }
 
-// With one token the next kernel may come in before the wait, which makes a step at batch 1 16 us shorter. With
-// more it would make one at batch 8 98 us longer.
+// With one token the next kernel may come in before the wait, which makes a step at batch 1 16 us shorter.
+// With more it would make one at batch 8 98 us longer.
 template <int kTokens>
 __device__ __forceinline__ void await_hidden() {
   if (kTokens == 1) allow_next_kernel();
