@@ -146,7 +146,7 @@ def test_other_recipes_say_what_is_computed(
     assert (found.calibration is not None) == bool(extra)
     expected = {
         "fp8": ["rounded to FP8, products computed in fp32"],
-        "fp8-static": ["rounded to FP8, products computed in fp32"],
+        "fp8-static": ["rounded to FP8, products computed in fp32", "static scale of the first"],
         "fp8-block": ["rounded to FP8, products computed in fp32", "stored dequantized"],
         "int8-weight-only": ["int8 products"],
     }[recipe]
