@@ -12,6 +12,7 @@ from ringexport.quantize.recipe import Recipe
 __all__ = ["load_recipe", "shipped_recipes"]
 
 _LIMIT_BYTES = 1 << 20
+_FILE_HINT = "give a file like those in calibration/recipes"
 _SUFFIX = ".toml"
 _MAX_BASES = 8
 
@@ -74,14 +75,14 @@ def _read(path: Path, source: str) -> dict[str, Any]:
     if len(data) > _LIMIT_BYTES:
         raise ConfigError(
             f"{source} has more than {_LIMIT_BYTES:,} bytes",
-            hint="give a file like those in calibration/recipes",
+            hint=_FILE_HINT,
         )
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as failure:
         raise ConfigError(
             f"{source} is not valid TOML: {failure!s:.200}",
-            hint="give a file like those in calibration/recipes",
+            hint=_FILE_HINT,
         ) from failure
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "BackendInfo",
     "RunnerOptions",
     "available_backends",
+    "backend_choices",
     "check_backend",
     "open_bundle_runner",
     "open_checkpoint_runner",
@@ -294,15 +295,19 @@ def _why_not_packed(name: str, options: RunnerOptions) -> tuple[str, str | None]
     return cuda.why_not_here(name, options.kernel_library)
 
 
+def backend_choices(bundle: EngineBundle | None) -> list[str]:
+    """Return what a backend may be called for a bundle, or for a checkpoint (None)."""
+    return ["auto", *(() if bundle is None else bundle.targets), "torch"]
+
+
 def _known_backend(
     name: str, bundle: EngineBundle | None = None, options: RunnerOptions | None = None
 ) -> BackendInfo:
     engines = () if bundle is None else _engines(bundle, options or RunnerOptions())
     backends = {info.name: info for info in (*engines, *available_backends())}
     if name not in backends:
-        choices = ["auto", *(() if bundle is None else bundle.targets), "torch"]
         raise BackendUnavailableError(
-            f"there is no backend {name!r}", hint=f"choose {' or '.join(choices)}"
+            f"there is no backend {name!r}", hint=f"choose {' or '.join(backend_choices(bundle))}"
         )
     return backends[name]
 

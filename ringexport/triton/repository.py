@@ -18,6 +18,7 @@ from ringexport.bundle.files import (
 )
 from ringexport.errors import BackendUnavailableError, OutputError
 from ringexport.progress import NoProgress, Progress
+from ringexport.runtime.registry import backend_choices
 from ringexport.triton.options import TritonOptions, model_name
 from ringexport.triton.pages import client_source, model_source, readme
 from ringexport.triton.plan_config import PlanModel, find_plan_model, plan_config
@@ -200,7 +201,7 @@ def _check_backend(bundle: EngineBundle, backend: str) -> None:
     Raises:
         BackendUnavailableError: neither torch nor a target of the bundle.
     """
-    choices = ["auto", *bundle.targets, "torch"]
+    choices = backend_choices(bundle)
     if backend not in choices:
         raise BackendUnavailableError(
             f"the bundle {bundle.directory} has no target {backend!r:.80},"

@@ -1,6 +1,6 @@
 """What the plugin library shows to the outside, and the header that is made from the ops."""
 
-import importlib.util
+import _ctypes
 import os
 import shutil
 import subprocess
@@ -95,7 +95,7 @@ def test_a_truncated_library_is_refused(host_plugins: Path, tmp_path: Path) -> N
 def test_a_library_that_exports_no_plugins_is_refused(tmp_path: Path) -> None:
     """Whatever it says about itself."""
     path = tmp_path / "libringplugins.so"
-    other = Path(importlib.util.find_spec("_ctypes").origin).read_bytes()  # type: ignore[union-attr, arg-type]
+    other = Path(_ctypes.__file__).read_bytes()
     said = f"@(#)ringplugins;version={__version__};abi={ABI_VERSION};kernels=89;tensorrt_headers=1;"
     path.write_bytes(other + said.encode())
     registry = SimpleNamespace(all_creators=[])
