@@ -29,6 +29,7 @@ _WORDS: Mapping[np.dtype[Any], tuple[np.dtype[Any], int, int]] = {
 """Stored dtype -> its integer view, the mask of the magnitude, and infinity."""
 
 _ZERO_SCALE = np.float32(np.finfo(np.float32).eps)
+_SMALLEST_SCALE = np.float32(2.0**-129)  # 2^20 of the smallest subnormal
 _MSE_RATIOS = {
     NumberFormat.FP8_E4M3: tuple(2.0 ** (step / 8) for step in range(-4, 8)),
     NumberFormat.INT8: tuple(1.0 - 0.025 * step for step in range(17)),
@@ -73,13 +74,15 @@ def absmax_scale(
 ) -> npt.NDArray[np.float32]:
     """Return absmax / half_range in fp32; tiles of zeros get a small scale, never 0.
 
+    None is below 2^-129: it would have too few bits to keep numbers within half a step.
+
     Args:
         absmax: fp32, any shape.
         number_format: of the codes.
     """
     scale = np.asarray(absmax / np.float32(number_format.half_range), np.float32)
     scale[scale == 0] = _ZERO_SCALE
-    return scale
+    return np.maximum(scale, _SMALLEST_SCALE)
 
 
 def find_scale(

@@ -208,6 +208,20 @@ def test_mse_is_never_worse_than_absmax(
     assert tiles.scale_shape(array.shape) == found.weight_scale.shape
 
 
+@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("value", [1e-45, 1.862325659087682e-42, 1e-38, 1e-37])
+def test_small_scales_keep_enough_bits(number_format: NumberFormat, value: float) -> None:
+    """A scale of a few bits put the code 4 steps beside its number."""
+    array = np.full((1, 1), value, np.float32)
+    found = quantize_array(array, scheme(number_format, "tensor"))
+    step = float(found.weight_scale.reshape(-1)[0])
+    assert step >= 2.0**-129
+    error = abs(float(dequantize(found)[0, 0]) - float(array[0, 0]))
+    assert error <= (
+        0.5001 * step if number_format is NumberFormat.INT8 else value / 16 + step / 2**10
+    )
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
