@@ -22,10 +22,9 @@ using mma_tile::shared_address;
 // A tile of rows of 128 bytes, 16-byte units XORed with the row (128-byte swizzle), at a multiple of 1024
 // bytes. Its descriptor serves both ways of reading: rows of the product along the tile's rows, where `next`
 // is not used, or along its 64 columns, where the next 64 are `next` bytes further.
+constexpr uint64_t kTileLayout = uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32;  // the swizzle; eight rows
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, uint32_t next = 16) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | (uint64_t{next >> 4} << 16) | ((address & 0x3FFFF) >> 4);
+  return kTileLayout | (uint64_t{next >> 4} << 16) | ((address & 0x3FFFF) >> 4);
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -222,6 +221,18 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
   } while (done == 0);
+}
+
+// Whether barrier_wait() would return at once.
+__device__ __forceinline__ bool barrier_test(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
 }
 
 // Barrier `id` among `threads` threads of the block.

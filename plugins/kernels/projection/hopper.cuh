@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Sum = typename Accumulator<kFormat>::type;
   using S = Shared<kTokens>;
-  extern __shared__ uint8_t shared_memory[];
-  S& shared = *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(shared_memory) + 1023) & ~uintptr_t{1023});
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  S& shared = *reinterpret_cast<S*>(shared_memory);
   constexpr bool kQuantized = kFormat == Format::kFp8 || kFormat == Format::kInt8;
   const Part part(p, plan);
   Producer<kTokens> producer(shared, maps, part);
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <Format kFormat, int kTokens>
 Status launch_tokens(const ProjectionParams& params, const Plan& plan, const Maps& maps, LaunchShape shape) {
-  shape.shared_bytes = sizeof(Shared<kTokens>) + 1024;  // to align it
+  shape.shared_bytes = sizeof(Shared<kTokens>);
   return launch_kernel(hopper_projection_kernel<kFormat, kTokens>, shape, maps, params, plan);
 }
 
