@@ -22,7 +22,7 @@ def read_object(
         path: the file; a pipe, device or folder is refused instead of waited for.
         limit_bytes: a larger file is refused unread.
         error: the class to raise.
-        hint: for text that is not valid JSON.
+        hint: for text that is not such JSON.
 
     Raises:
         error: unreadable file or anything that `parse_object` refuses.
@@ -40,24 +40,26 @@ def parse_object(
         data: text, or its UTF-8 bytes.
         source: what to call it in messages.
         error: the class to raise.
-        hint: for text that is not valid JSON.
+        hint: for text that is not such JSON.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise error(f"{source} holds the key {repeated!r:.200} more than once")
+            raise error(f"{source} holds the key {repeated!r:.200} more than once", hint=hint)
         return found
 
     def refuse_constant(text: str) -> Never:
-        raise error(f"{source} holds {text}, which is not JSON")
+        raise error(f"{source} holds {text}, which is not JSON", hint=hint)
 
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
     except UnicodeDecodeError as failure:
-        raise error(f"{source} is not UTF-8 text: bad byte at offset {failure.start}") from failure
+        raise error(
+            f"{source} is not UTF-8 text: bad byte at offset {failure.start}", hint=hint
+        ) from failure
     except json.JSONDecodeError as failure:
         raise error(
             f"{source} is not valid JSON: {failure.msg.removesuffix(' at')} at line "
