@@ -1,7 +1,8 @@
 """A TensorRT whose engines are ONNX graphs for ONNX Runtime, and a GPU with the host's memory.
 
 It keeps the runner of TensorRT targets honest where no engine can run: profiles with their limits,
-bindings by address, in-place state, graphs that replay what was captured.
+bindings by address, in-place state, graphs that replay what was captured, from a context that
+nobody has bound anew.
 """
 
 import ctypes
@@ -85,6 +86,7 @@ class FakeContext:
         self.profile = -1
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.changes = 0
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         assert stream == self.engine.cuda.stream
@@ -106,16 +108,23 @@ class FakeContext:
             room = (limits.decode_cache_tokens, limits.prefill_cache_tokens)[self.profile]
             assert shape[2] <= room
         self.shapes[name] = tuple(shape)
+        self.changes += 1
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        self.changes += 1
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == self.engine.cuda.stream
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
-        self.engine.cuda.run(lambda: self.engine.compute(shapes, addresses))
+        shapes, addresses, changes = dict(self.shapes), dict(self.addresses), self.changes
+
+        def work() -> None:
+            assert self.changes == changes, "the context has changed since the graph was captured"
+            self.engine.compute(shapes, addresses)
+
+        self.engine.cuda.run(work)
         return True
 
 

@@ -100,6 +100,9 @@ Engine::Engine(std::string const& directory, std::string const& runtime_library)
   auto create = find<CreateRuntime>(library, "createInferRuntime_INTERNAL");
   runtime_.reset(static_cast<nvinfer1::IRuntime*>(create(log_.get(), NV_TENSORRT_VERSION)));
   auto const plan = read_file(directory + "/engine.plan");
+  if (runtime_) {
+    runtime_->setEngineHostCodeAllowed(true);  // a version-compatible engine brings a runtime along
+  }
   engine_.reset(runtime_ ? runtime_->deserializeCudaEngine(plan.data(), plan.size()) : nullptr);
   if (!engine_) {
     throw std::runtime_error("TensorRT cannot load " + directory +

@@ -5,6 +5,7 @@
 //   library PATH                      the plugin library
 //   op NAME
 //   attribute NAME int|real VALUE     as often as needed
+//   length NAME NUMBER                pretend that this attribute has so many values
 //   input NAME DTYPE D0,D1,.. FILE    raw bytes, in order
 //   output NAME DTYPE D0,D1,.. FILE   what is expected, and where the bytes go
 //   profile NAME D0,D1,..             largest shape of this tensor in the profile that the workspace is asked for
@@ -124,6 +125,7 @@ struct Case {
   std::map<std::string, int32_t> integers;
   std::map<std::string, float> reals;
   std::vector<std::string> attribute_order;
+  std::map<std::string, int32_t> lengths;  // of attributes, where it is not 1
   std::vector<TensorCase> inputs;
   std::vector<TensorCase> outputs;
   bool separate = false;
@@ -189,6 +191,9 @@ Case read_case(char const* path) {
       } else {
         line >> result.reals[name];
       }
+    } else if (kind == "length") {
+      line >> name;
+      line >> result.lengths[name];
     } else if (kind == "input") {
       result.inputs.push_back(read_tensor(line));
     } else if (kind == "output") {
@@ -420,10 +425,11 @@ void drive(Case const& given) {
   std::vector<PluginField> fields;
   for (auto const& name : given.attribute_order) {
     auto const integer = given.integers.find(name);
+    auto const length = given.lengths.count(name) > 0 ? given.lengths.at(name) : 1;
     if (integer != given.integers.end()) {
-      fields.emplace_back(name.c_str(), &integer->second, PluginFieldType::kINT32, 1);
+      fields.emplace_back(name.c_str(), &integer->second, PluginFieldType::kINT32, length);
     } else {
-      fields.emplace_back(name.c_str(), &given.reals.at(name), PluginFieldType::kFLOAT32, 1);
+      fields.emplace_back(name.c_str(), &given.reals.at(name), PluginFieldType::kFLOAT32, length);
     }
   }
   PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};

@@ -320,7 +320,10 @@ def _inspect(tensorrt: TensorRt, request: EngineRequest, directory: Path, path: 
     if device_architecture() not in request.target.architectures:
         return False
     trt = tensorrt.module
-    engine = trt.Runtime(make_log(tensorrt)).deserialize_cuda_engine(path.read_bytes())
+    runtime = trt.Runtime(make_log(tensorrt))
+    if request.profile.options.version_compatible:
+        runtime.engine_host_code_allowed = True  # such an engine brings a runtime along
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         return False
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)

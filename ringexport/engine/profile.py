@@ -87,7 +87,8 @@ class BuildOptions:
         timing_cache: keep timings between builds in this file; TensorRT-RTX times nothing.
         version_compatible: the engine runs in later versions of TensorRT too.
         refit: weights can be exchanged later.
-        weight_streaming: weights may stay in host memory.
+        weight_streaming: weights may stay in host memory, for a program that sets the budget; the
+            runner sets none, which keeps all on the GPU.
         strip_plan: leave weights out that a refit will bring; needs a GPU to build.
     """
 

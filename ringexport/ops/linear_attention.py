@@ -49,10 +49,11 @@ def linear_attention(
     match("lengths", lengths, "B", dims)
     state = past_state.astype(np.float32, copy=True)
     output = np.zeros(value.shape, dtype=np.float32)
-    decay = np.exp(log_decay)[:, None, None]
+    # exp() of a slow head's decay, rounded to fp32, is off by up to 1.5e-4 of its log.
+    shrink = np.expm1(log_decay)[:, None, None]
     for row, length in enumerate(lengths):
         for token in range(int(length)):
-            state[row] *= decay
+            state[row] += shrink * state[row]
             state[row] += key[row, token, :, :, None] * value[row, token, :, None, :]
             output[row, token] = query_scale * np.einsum(
                 "hk,hkv->hv", query[row, token], state[row]

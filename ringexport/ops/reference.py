@@ -41,7 +41,8 @@ heads, K key dim, V value dim, S capacity of the cache, N tokens of all rows, D 
 E experts, k experts per token, I expert width, O output width. `code` is int8 or FP8-E4M3.
 
 TensorRT plugins implement {", ".join(f"`{spec.name}`" for spec in PLUGIN_CONTRACTS)}. There, expert
-ids are int32, and the matrix of the router is `E D`.
+ids are int32, and the matrix of the router is `E D`. With T = 1 the plugin of `RingLinearAttention`
+takes the token of every row for valid: rows without one are left out of the call.
 """
 
 

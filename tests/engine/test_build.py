@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,11 +17,15 @@ from onnx import TensorProto, helper
 from ringexport.checkpoint.weights import CheckpointWeights
 from ringexport.engine.build import (
     ENGINE_FILE,
+    INSPECTOR_FILE,
     LAYERS_FILE,
     EngineRequest,
+    _inspect,
+    _set_options,
     build_engine,
     parse_network,
 )
+from ringexport.engine.callbacks import make_log
 from ringexport.engine.flavor import FLAVORS, TensorRt, open_tensorrt
 from ringexport.engine.layers import LayerRow, layer_counts
 from ringexport.engine.plugins import PluginLibrary, find_library
@@ -314,6 +319,82 @@ def test_options_reach_the_builder(rtx: TensorRt, library: PluginLibrary, tmp_pa
     options = {"workspace_mib": 64, "optimization_level": 3, "weight_streaming": True}
     assert build_engine(rtx, with_options(wanted, **options), tmp_path).nbytes != plain
     assert read_table(tmp_path / LAYERS_FILE).options == options
+
+
+@pytest.mark.parametrize(
+    "option", ["version_compatible", "refit", "weight_streaming", "strip_plan"]
+)
+def test_an_option_sets_its_flag_alone(rtx: TensorRt, option: str) -> None:
+    trt = rtx.module
+    config = trt.Builder(make_log(rtx)).create_builder_config()
+    before = config.flags
+    _set_options(rtx, config, BuildOptions(**{option: True}))  # type: ignore[arg-type]
+    assert config.flags == before | 1 << int(trt.BuilderFlag.__members__[option.upper()])
+
+
+def test_level_and_workspace_reach_the_builder(rtx: TensorRt) -> None:
+    trt = rtx.module
+    config = trt.Builder(make_log(rtx)).create_builder_config()
+    _set_options(rtx, config, BuildOptions(optimization_level=1, workspace_mib=7))
+    assert config.builder_optimization_level == 1
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 7 << 20
+
+
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")
+def test_timings_are_kept_for_the_next_build(
+    rtx: TensorRt, library: PluginLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX has the functions of full TensorRT for that; its cache holds nothing."""
+    full = replace(rtx, flavor=replace(rtx.flavor, lacks=frozenset()))
+    given: list[bytes] = []
+    create = rtx.module.IBuilderConfig.create_timing_cache
+
+    def spy(config: object, data: bytes) -> object:
+        given.append(data)
+        return create(config, data)
+
+    monkeypatch.setattr(rtx.module.IBuilderConfig, "create_timing_cache", spy)
+    cache = tmp_path / "new" / "timing.cache"
+    wanted = with_options(request(tiny_graph(tmp_path / "tiny.onnx"), library), timing_cache=cache)
+    for _ in range(2):
+        build_engine(full, wanted, tmp_path)
+    kept = cache.read_bytes()
+    assert given == [b"", kept]
+    cache.write_bytes(b"damaged")
+    build_engine(full, wanted, tmp_path)
+    assert cache.read_bytes() == kept
+
+
+@pytest.mark.parametrize("version_compatible", [False, True])
+def test_what_the_inspector_says_is_kept(
+    rtx: TensorRt,
+    library: PluginLibrary,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version_compatible: bool,
+) -> None:
+    """An engine opens where its GPU is, which is pretended here."""
+
+    class Runtime:
+        engine_host_code_allowed = False
+
+        def __init__(self, log: object) -> None:
+            del log
+
+        def deserialize_cuda_engine(self, data: bytes) -> SimpleNamespace | None:
+            assert data == (tmp_path / ENGINE_FILE).read_bytes()
+            if self.engine_host_code_allowed != version_compatible:
+                return None
+            inspector = SimpleNamespace(get_engine_information=lambda kind: f"{kind.name} text")
+            return SimpleNamespace(create_engine_inspector=lambda: inspector)
+
+    monkeypatch.setattr(rtx.module, "Runtime", Runtime)
+    monkeypatch.setattr("ringexport.engine.build.device_architecture", lambda: 89)
+    wanted = request(tiny_graph(tmp_path / "tiny.onnx"), library)
+    (tmp_path / ENGINE_FILE).write_bytes(b"engine")
+    wanted = with_options(wanted, version_compatible=version_compatible)
+    assert _inspect(rtx, wanted, tmp_path, tmp_path / ENGINE_FILE)
+    assert (tmp_path / INSPECTOR_FILE).read_text() == "JSON text"
 
 
 def test_options_that_the_flavour_lacks_are_refused(

@@ -26,13 +26,19 @@ def _heads(array: Array, count: int) -> npt.NDArray[np.float32]:
     return _f32(array).reshape(*array.shape[:2], count, -1)
 
 
+def _unwritten(output: Array, lengths: Array) -> Array:
+    """Return an output as kernels leave it, which do not write to padding."""
+    padding = np.arange(output.shape[1])[None, :, None] >= lengths[:, None, None]
+    return np.where(padding, output.dtype.type(np.nan), output)
+
+
 class RingLinearAttention(OpRun):
     op_domain = "ringexport"
 
     def _run(self, query, key, value, past, decay, lengths, num_heads, query_scale):  # type: ignore[no-untyped-def]  # noqa: PLR0917
         parts = [_heads(part, num_heads) for part in (query, key, value)]
         output, state = linear_attention(*parts, past, decay, lengths, query_scale=query_scale)
-        return output.reshape(value.shape).astype(value.dtype), state
+        return _unwritten(output.reshape(value.shape).astype(value.dtype), lengths), state
 
 
 class RingAttention(OpRun):
@@ -52,7 +58,8 @@ class RingAttention(OpRun):
             softmax_scale=attributes["softmax_scale"],
         )
         shaped = output.reshape(query.shape).astype(query.dtype)
-        return shaped, *(part.astype(past_key.dtype) for part in cache)
+        cached = (part.astype(past_key.dtype) for part in cache)
+        return _unwritten(shaped, lengths), *cached
 
 
 class RingRouter(OpRun):

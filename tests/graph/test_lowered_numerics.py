@@ -25,6 +25,7 @@ from ringexport.quantize.run import quantize_checkpoint
 from ringexport.quantize.shipped import load_recipe
 from ringexport.runtime.registry import open_checkpoint_runner
 from tests.graph.plugin_reference import run_lowered
+from tests.numerics import assert_close, nan_filled
 
 Array = npt.NDArray[Any]
 
@@ -98,6 +99,40 @@ def test_unquantized_in_fp32(tmp_path: Path) -> None:
     with CheckpointWeights.open(NANO) as weights:
         model = fp32_graph(weights, tmp_path)
     assert 1 - compared(model, NANO, np.float32).min() < TOLERANCES["reference_values"].bound ** 2
+
+
+def test_ragged_calls_on_a_state(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What is at padding, and in a cache behind its tokens, may be anything."""
+    with CheckpointWeights.open(tiny_checkpoint) as weights:
+        model, config = fp32_graph(weights, tmp_path), weights.config
+    rows, rng = 3, np.random.default_rng(2)
+    heads, kv_heads, dim = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    state = {
+        f"past_state.{layer}": np.zeros((rows, heads, dim, dim), np.float32)
+        for layer in config.linear_layers
+    }
+    for layer in config.softmax_layers:
+        for part in ("key", "value"):
+            state[f"past_{part}.{layer}"] = nan_filled((rows, kv_heads, CAPACITY, dim))
+    position = np.zeros(rows, np.int32)
+    with open_checkpoint_runner(tiny_checkpoint) as runner:
+        expected_state = runner.new_state(rows)
+        for lengths in ([9, 4, 1], [0, 5, 2], [1, 1, 1], [7, 3, 16]):
+            sizes = np.array(lengths, np.int32)
+            tokens = rng.integers(0, config.vocab_size, (rows, max(lengths)))
+            plain = {"tokens": tokens, "lengths": sizes, "position": position}
+            last = np.maximum(sizes - 1, 0)[:, None].astype(np.int64)
+            found = run_lowered(model, {**plain, "logits_index": last, **state})
+            expected = runner.prefill(tokens, lengths, expected_state)
+            used = sizes > 0
+            bound = TOLERANCES["hidden_fp32"].bound
+            assert_close(found["logits"][used, 0], expected[used], rtol=bound)
+            state = {name: found[name.replace("past", "present")] for name in state}
+            position = position + sizes
 
 
 def test_unquantized_in_bf16(tmp_path: Path) -> None:

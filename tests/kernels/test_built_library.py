@@ -164,6 +164,30 @@ def test_a_wrong_parameter_is_named(
         library.call(op, **GOOD[op](**{field: value}))
 
 
+@pytest.mark.parametrize(
+    ("op", "sizes", "field"),
+    [
+        (
+            "attention_decode",
+            {"batch": 1 << 30, "num_kv_heads": 4, "num_heads": 16, "head_dim": 128},
+            "batch",
+        ),
+        (
+            "attention_decode",
+            {"batch": 8, "num_kv_heads": 1 << 17, "num_heads": 1 << 17, "head_dim": 64},
+            "num_kv_heads",
+        ),
+        ("router", {"tokens": 1 << 24, "num_experts": 1 << 30, "hidden_size": 2048}, "num_experts"),
+    ],
+)
+def test_a_workspace_may_be_asked_for_before_the_checks(
+    library: KernelLibrary, op: str, sizes: dict[str, int], field: str
+) -> None:
+    assert library.workspace_bytes(op, **sizes) > 0
+    with pytest.raises(ShapeError, match=rf"^{op}: {field} is "):
+        library.call(op, **sizes)
+
+
 def test_an_unknown_parameter_is_refused(library: KernelLibrary) -> None:
     with pytest.raises(ShapeError, match="rms_norm has no parameter 'sharpness'"):
         library.call("rms_norm", **rms_norm(), sharpness=3)

@@ -122,6 +122,21 @@ def test_linear_attention(heads: int, dim: int, tokens: int, lengths: list[int])
         assert_close(reference[1][row], golden_state, RELATIVE * np.sqrt(length))
 
 
+def test_slow_decay_over_a_long_text() -> None:
+    """The last linear layer of Ring-mini forgets half of its state in 3,371 tokens."""
+    rng = np.random.default_rng(20)
+    tokens, dim = 20_000, 4
+    query, key, value = (normal(rng, 1, tokens, 1, dim) for _ in range(3))
+    decay = log_decay(16, 18, 20, DecayIndex.SERVING)[-1:]
+    golden = np.zeros((dim, dim))
+    for k, v in zip(key[0, :, 0].astype(np.float64), value[0, :, 0], strict=True):
+        golden = np.exp(np.float64(decay[0])) * golden + np.outer(k, v)
+    state = np.zeros((1, 1, dim, dim), dtype=np.float32)
+    counts = np.array([tokens], dtype=np.int32)
+    _, present = linear_attention(query, key, value, state, decay, counts, query_scale=1.0)
+    assert_close(present[0, 0], golden)
+
+
 @pytest.mark.parametrize(
     ("position", "lengths"),
     [([0, 0], [5, 5]), ([0, 0], [5, 2]), ([9], [4]), ([9, 3, 0], [1, 1, 1])],

@@ -138,14 +138,16 @@ def _linear_attention(tokens: int) -> Callable[[Rng, np.dtype[np.generic]], Plug
     return make
 
 
-def _attention(tokens: int) -> Callable[[Rng, np.dtype[np.generic]], PluginCase]:
+def _attention(
+    tokens: int, *, rows: int = 3, kv_heads: int = 2
+) -> Callable[[Rng, np.dtype[np.generic]], PluginCase]:
     def make(rng: Rng, dtype: np.dtype[np.generic]) -> PluginCase:
-        rows, heads, kv_heads, dim, capacity = 3, 4, 2, 64, 160
+        heads, dim, capacity = 4, 64, 160
         query = _normal(rng, dtype, rows, tokens, heads * dim)
         key, value = (_normal(rng, dtype, rows, tokens, kv_heads * dim) for _ in range(2))
         cache = [_normal(rng, dtype, rows, kv_heads, capacity, dim) for _ in range(2)]
-        position = np.array([0, 31, 90], np.int32)
-        lengths = np.array([tokens, max(1, tokens // 2), 1], np.int32)
+        position = np.resize(np.array([0, 31, 90], np.int32), rows)
+        lengths = np.resize(np.array([tokens, max(1, tokens // 2), 1], np.int32), rows)
         scale = dim**-0.5
         output, present_key, present_value = attention(
             _f32(query).reshape(rows, tokens, heads, dim),
@@ -307,6 +309,7 @@ CASES: dict[str, Callable[[Rng, np.dtype[np.generic]], PluginCase]] = {
     "linear-prefill-long": _linear_attention(1500),
     "attention-decode": _attention(1),
     "attention-few": _attention(5),
+    "attention-few-of-many-rows": _attention(15, rows=80, kv_heads=1),
     "attention-prefill": _attention(37),
     "router-1": _router(1),
     "router-500": _router(500),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ringexport.engine.plugins import ABI_VERSION, DEFAULT_LIBRARY, NO_KERNELS, PluginLibrary
+from ringexport.kernels.library import KernelLibrary
 from tests.plugins.cases import CASES, DTYPES, PluginCase
 
 SEED = 20261121
@@ -78,6 +79,25 @@ def test_a_field_of_another_type_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("attribute", "length", "kind"),
+    [("num_heads", 2, "int32"), ("num_heads", 0, "int32"), ("query_scale", 3, "float32")],
+)
+def test_a_field_of_another_length_is_refused(
+    plugin_driver: Path,
+    host_plugins: Path,
+    tmp_path: Path,
+    attribute: str,
+    length: int,
+    kind: str,
+) -> None:
+    case = make("linear-decode").write(tmp_path, host_plugins, f"length {attribute} {length}")
+    done = drive(plugin_driver, case)
+    assert done.returncode == 3
+    said = f"attribute {attribute} is {kind} x {length}, expected one {kind}"
+    assert f"createPlugin: RingLinearAttention: {said}" in done.stdout
+
+
+@pytest.mark.parametrize(
     ("name", "attribute", "value", "said"),
     [
         ("linear-decode", "num_heads", -1, "is -1, expected 1 or more"),
@@ -86,6 +106,10 @@ def test_a_field_of_another_type_is_refused(
         ("router-1", "top_k", 0, "is 0, expected 1 or more"),
         ("router-1", "n_group", 0, "is 0, expected 1 or more"),
         ("router-1", "normalize", 2, "is 2, expected 0 or 1"),
+        ("router-1", "n_group", 5, "is 5, expected a divisor of num_experts, 32"),
+        ("router-1", "topk_group", 5, "is 5, expected at most n_group, 4"),
+        ("router-1", "top_k", 17, "is 17, expected at most the experts of topk_group groups, 16"),
+        ("attention-decode", "num_heads", 5, "is 5, expected a multiple of num_kv_heads, 2"),
         ("experts-1", "num_experts", -1, "is -1, expected 1 or more"),
         ("experts-fp8-1", "fp8_bytes", 2, "is 2, expected 0 or 1"),
         ("projection-fp8-1", "fp8_bytes", -1, "is -1, expected 0 or 1"),
@@ -181,6 +205,37 @@ def test_memory_for_a_profile_serves_every_shape_in_it(
         lines = case.profile(factor)
         shared = workspace_bytes(plugin_driver, case.write(tmp_path, library, *lines))
         assert shared >= alone
+
+
+def test_memory_of_a_router_has_its_peak_inside_a_profile(
+    plugin_driver: Path, tmp_path: Path
+) -> None:
+    """Needs a library with kernels, but no GPU: 2112 tokens are split into more parts than 2200."""
+    library, case = kernel_library(), make("router-500")
+    arrays = (*case.inputs[:1], *case.outputs)
+    hidden, *outputs = (np.zeros((2112, array.shape[1]), array.dtype) for array in arrays)
+    case = changed(case, inputs=[hidden, *case.inputs[1:]], outputs=outputs)
+    alone = workspace_bytes(plugin_driver, case.write(tmp_path, library))
+    lines = [line.replace("2112", "2200") for line in case.profile(1)]
+    assert workspace_bytes(plugin_driver, case.write(tmp_path, library, *lines)) >= alone
+
+
+def test_memory_of_attention_serves_its_last_rows(plugin_driver: Path, tmp_path: Path) -> None:
+    """Needs libraries with kernels but no GPU: 1200 tokens are 1024 rows, and 176 in more parts."""
+    library, case = kernel_library(), make("attention-few-of-many-rows")
+    kernels = library.with_name("libringkernels.so")
+    if not kernels.is_file():
+        pytest.skip(f"no kernel library at {kernels}")
+    heads, dim = 4, 64
+    index_bytes, row_bytes = 1024 * 4, 1024 * heads * dim * 2
+    sizes = {"num_heads": heads, "num_kv_heads": 1, "head_dim": dim}
+    needs = [
+        KernelLibrary.open(kernels).workspace_bytes("attention_decode", batch=batch, **sizes)
+        for batch in (1024, 176)
+    ]
+    assert needs[1] > needs[0]
+    found = workspace_bytes(plugin_driver, case.write(tmp_path, library))
+    assert found >= 2 * index_bytes + 2 * row_bytes + needs[1]
 
 
 @pytest.mark.parametrize("tokens", [1, 70])

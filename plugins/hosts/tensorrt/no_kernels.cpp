@@ -27,6 +27,7 @@ RING_NO_KERNELS(ProjectionParams)
 
 size_t zeroed_workspace_bytes(const ExpertsParams& params) { return workspace_bytes(params); }
 size_t max_workspace_bytes(const LinearAttentionPrefillParams&) { return 256; }
+size_t max_workspace_bytes(const RouterParams&) { return 256; }
 
 }  // namespace ringkernels
 

@@ -2,6 +2,14 @@
 
 namespace ringplugins {
 
+void require(OpContract const& contract, bool fits, char const* attribute, int32_t value, char const* expected,
+             int32_t of) {
+  if (!fits) {
+    throw PluginError(std::string(contract.name) + ": attribute " + attribute + " is " + std::to_string(value) +
+                      ", expected " + expected + ", " + std::to_string(of));
+  }
+}
+
 void check(OpContract const& contract, ringkernels::Status const& status) {
   if (!status.ok()) {
     throw PluginError(std::string(contract.name) + ": the kernel refuses " + status.field + " = " +

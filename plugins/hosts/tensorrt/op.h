@@ -16,6 +16,8 @@ class Op {
  public:
   virtual ~Op() = default;
   virtual std::unique_ptr<Op> clone() const = 0;
+  // Throws for attributes that do not fit each other; each alone has been checked.
+  virtual void check_attributes() const {}
   // Throws for types of inputs that fit the contract and not the attributes.
   virtual void check_types(nvinfer1::DataType const* /*inputs*/) const {}
   // Dimensions that the attributes give.
@@ -59,6 +61,10 @@ class OpWith : public Op {
   OpContract const& contract_;
   Attributes attributes_;
 };
+
+// Throws with the op and the attribute if it does not fit another one, `of`.
+void require(OpContract const& contract, bool fits, char const* attribute, int32_t value, char const* expected,
+             int32_t of);
 
 // Throws with the op and what the kernel says of its parameters.
 void check(OpContract const& contract, ringkernels::Status const& status);

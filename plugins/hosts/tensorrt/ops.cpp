@@ -69,7 +69,7 @@ class LinearAttentionOp final : public OpWith<LinearAttentionOp, LinearAttention
     size_t const state_bytes =
         sizeof(float) * call.size(Size::kB) * call.size(Size::kH) * call.size(Size::kK) * call.size(Size::kV);
     carry_over(contract_, call, 1, state_bytes, stream);
-    if (call.size(Size::kT) == 1) {
+    if (call.size(Size::kT) == 1) {  // every row has its token: `lengths` is not read
       check(contract_, ringkernels::launch(decode_params(call), stream));
       return;
     }
@@ -138,19 +138,24 @@ class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
  public:
   using OpWith::OpWith;
 
+  void check_attributes() const override {
+    auto const [heads, kv_heads, scale] = attributes_;
+    require(contract_, heads % kv_heads == 0, "num_heads", heads, "a multiple of num_kv_heads", kv_heads);
+  }
+
   size_t workspace_bytes(Call const& call) const override {
     if (call.size(Size::kT) > kFewTokens) {
       return 0;
     }
     int64_t const group = std::min(tokens(call), kGroup);
-    return Scratch(call, group).bytes() + ringkernels::workspace_bytes(row_params(call, 0, group));
+    // The last group may be small, and few rows are split into more parts than many.
+    return Scratch(call, group).bytes() + std::max(row_bytes(call, group), row_bytes(call, tokens(call) % kGroup));
   }
 
   size_t reserved_bytes(Call const& largest) const override {
     int64_t const few = largest.size(Size::kB) * std::min(largest.size(Size::kT), kFewTokens);
-    return largest_need(std::min(few, kGroup), [&](int64_t rows) {
-      return Scratch(largest, rows).bytes() + ringkernels::workspace_bytes(row_params(largest, 0, rows));
-    });
+    auto const need = [&](int64_t rows) { return row_bytes(largest, rows); };
+    return Scratch(largest, std::min(few, kGroup)).bytes() + largest_need(std::min(few, kGroup), need);
   }
 
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
@@ -183,6 +188,10 @@ class AttentionOp final : public OpWith<AttentionOp, AttentionAttributes> {
   };
 
   static int64_t tokens(Call const& call) { return call.size(Size::kB) * call.size(Size::kT); }
+
+  size_t row_bytes(Call const& call, int64_t rows) const {
+    return ringkernels::workspace_bytes(row_params(call, 0, rows));
+  }
 
   void run_rows(Call const& call, char* base, size_t bytes, cudaStream_t stream) const {
     Scratch const scratch(call, std::min(tokens(call), kGroup));
@@ -288,11 +297,18 @@ class RouterOp final : public OpWith<RouterOp, RouterAttributes> {
  public:
   using OpWith::OpWith;
 
+  void check_attributes() const override {
+    auto const& a = attributes_;
+    require(contract_, a.num_experts % a.n_group == 0, "n_group", a.n_group, "a divisor of num_experts", a.num_experts);
+    require(contract_, a.topk_group <= a.n_group, "topk_group", a.topk_group, "at most n_group", a.n_group);
+    int32_t const open = a.num_experts / a.n_group * a.topk_group;
+    require(contract_, a.top_k <= open, "top_k", a.top_k, "at most the experts of topk_group groups", open);
+  }
+
   size_t workspace_bytes(Call const& call) const override { return ringkernels::workspace_bytes(params(call)); }
 
   size_t reserved_bytes(Call const& largest) const override {
-    return largest_need(largest.size(Size::kN),
-                        [&](int64_t count) { return workspace_bytes(largest.with(Size::kN, count)); });
+    return ringkernels::max_workspace_bytes(params(largest));
   }
 
   void run(Call const& call, void* workspace, size_t bytes, cudaStream_t stream) const override {
@@ -454,7 +470,9 @@ class ProjectionOp final : public OpWith<ProjectionOp, ProjectionAttributes> {
 template <typename Made, OpContract const& contract, typename Attributes>
 OpEntry entry() {
   MakeOp const make = [](nvinfer1::PluginFieldCollection const& fields, bool is_serialized) -> std::unique_ptr<Op> {
-    return std::make_unique<Made>(contract, parse_fields<Attributes>(contract.name, fields, is_serialized));
+    auto op = std::make_unique<Made>(contract, parse_fields<Attributes>(contract.name, fields, is_serialized));
+    op->check_attributes();
+    return op;
   };
   std::vector<nvinfer1::PluginField> declared;
   for (int32_t i = 0; i < contract.num_attributes; ++i) {

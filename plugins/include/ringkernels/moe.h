@@ -70,6 +70,8 @@ struct ExpertsParams {
 
 Status validate(const RouterParams& params);
 size_t workspace_bytes(const RouterParams& params);
+// Enough for every call with at most this many tokens: fewer may be split into more parts.
+size_t max_workspace_bytes(const RouterParams& params);
 Status launch(const RouterParams& params, Stream stream);
 
 Status validate(const ExpertsParams& params);

@@ -27,27 +27,31 @@ int block_slots() {
   return std::min(attention::kBlocksPerMultiprocessor * multiprocessors, kMaxBlockSlots);
 }
 
+// Of rows and kv heads. In 64 bits: a workspace may be asked for before the sizes are checked.
+int64_t pairs_of(const AttentionDecodeParams& p) { return static_cast<int64_t>(p.batch) * p.num_kv_heads; }
+
 // The largest number of parts over all choices of the split.
-int64_t max_parts(int pairs) {
+int64_t max_parts(int64_t pairs) {
   if (pairs > kCounters) return pairs;
-  return static_cast<int64_t>(pairs) * attention::max_splits(pairs, kMaxBlockSlots);
+  return pairs * attention::max_splits(static_cast<int>(pairs), kMaxBlockSlots);
 }
 
 int choose(const AttentionDecodeParams& p) {
-  if (p.batch * p.num_kv_heads > kCounters) return 1;
+  const int64_t pairs = pairs_of(p);
+  if (pairs > kCounters) return 1;
   const int tokens = 4096 / (p.head_dim * static_cast<int>(size_of(p.cache_dtype)));
-  return attention::choose_splits((p.max_context + tokens - 1) / tokens, p.batch * p.num_kv_heads,
+  return attention::choose_splits((p.max_context + tokens - 1) / tokens, static_cast<int>(pairs),
                                   block_slots());
 }
 
 Workspace carve(const AttentionDecodeParams& p) {
-  const int pairs = p.batch * p.num_kv_heads, group = p.num_heads / p.num_kv_heads;
+  const int group = p.num_heads / p.num_kv_heads;
   char* at = static_cast<char*>(p.workspace);
   Workspace workspace;
   workspace.counters = reinterpret_cast<int*>(at);
   at += kCounterBytes;
   workspace.maxima = reinterpret_cast<float2*>(at);
-  at += round_up(max_parts(pairs) * group * sizeof(float2));
+  at += round_up(max_parts(pairs_of(p)) * group * sizeof(float2));
   workspace.outputs = reinterpret_cast<float*>(at);
   return workspace;
 }
@@ -68,7 +72,8 @@ extern template Status dispatch_decode<__nv_bfloat16, __nv_fp8_e4m3>(const Atten
 Status validate(const AttentionDecodeParams& p) {
   RING_REQUIRE(p.batch >= 0 && p.batch <= 65535, kBadShape, "batch", "0 to 65535", p.batch);
   RING_REQUIRE(p.head_dim == 64 || p.head_dim == 128, kBadShape, "head_dim", "64 or 128", p.head_dim);
-  RING_REQUIRE(p.num_kv_heads > 0, kBadShape, "num_kv_heads", "a positive number", p.num_kv_heads);
+  RING_REQUIRE(p.num_kv_heads > 0 && p.num_kv_heads <= 65535, kBadShape, "num_kv_heads", "1 to 65535",
+               p.num_kv_heads);
   RING_REQUIRE(p.num_heads > 0 && p.num_heads % p.num_kv_heads == 0 && p.num_heads / p.num_kv_heads <= 16,
                kBadShape, "num_heads", "a multiple of num_kv_heads, at most 16 times as many", p.num_heads);
   RING_REQUIRE(p.rotary_dim >= 0 && p.rotary_dim <= p.head_dim && p.rotary_dim % 2 == 0, kBadShape,
@@ -111,8 +116,7 @@ Status validate(const AttentionDecodeParams& p) {
 
 size_t workspace_bytes(const AttentionDecodeParams& p) {
   if (p.num_kv_heads <= 0 || p.batch <= 0) return 16;
-  const int pairs = p.batch * p.num_kv_heads, group = p.num_heads / p.num_kv_heads;
-  const int64_t parts = max_parts(pairs) * group;
+  const int64_t parts = max_parts(pairs_of(p)) * (p.num_heads / p.num_kv_heads);
   return kCounterBytes + round_up(parts * sizeof(float2)) +
          parts * p.head_dim * sizeof(float);
 }

@@ -1,6 +1,8 @@
 // validate, workspace_bytes and launch of RouterParams.
 #include "moe/router.cuh"
 
+#include <algorithm>
+
 #include "common/check.h"
 
 namespace ringkernels {
@@ -16,10 +18,11 @@ size_t words_bytes(int num_experts) {
 }
 
 RouterParts plan_parts(const RouterParams& p) {
-  const int tiles =
-      (p.tokens + kTileTokens - 1) / kTileTokens * ((p.num_experts + kTileExperts - 1) / kTileExperts);
-  const int steps = (p.hidden_size + kTileK - 1) / kTileK;
-  const int wanted = kTargetBlocks / tiles < 1 ? 1 : kTargetBlocks / tiles;
+  // In 64 bits: a workspace may be asked for before the sizes are checked.
+  const int64_t tiles = ((int64_t)p.tokens + kTileTokens - 1) / kTileTokens *
+                        (((int64_t)p.num_experts + kTileExperts - 1) / kTileExperts);
+  const int steps = (p.hidden_size - 1) / kTileK + 1;
+  const int wanted = kTargetBlocks / tiles < 1 ? 1 : (int)(kTargetBlocks / tiles);
   // At least two steps per block: the first one fills the pipeline.
   int steps_per_split = (steps + wanted - 1) / wanted;
   if (steps_per_split < 2) steps_per_split = 2;
@@ -65,6 +68,17 @@ size_t workspace_bytes(const RouterParams& p) {
   if (p.tokens <= kRouterFewTokens) return words_bytes(p.num_experts);
   return words_bytes(p.num_experts) +
          (size_t)plan_parts(p).splits * p.tokens * (p.num_experts + 1) * sizeof(float);
+}
+
+size_t max_workspace_bytes(const RouterParams& p) {
+  size_t largest = workspace_bytes(p);
+  RouterParams fewer = p;
+  // The parts change with the tiles only, up to where there is one part.
+  for (int tiles = 1; tiles <= kTargetBlocks && tiles * kTileTokens < p.tokens; ++tiles) {
+    fewer.tokens = tiles * kTileTokens;
+    largest = std::max(largest, workspace_bytes(fewer));
+  }
+  return largest;
 }
 
 Status validate(const RouterParams& p) {

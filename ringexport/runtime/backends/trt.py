@@ -1,11 +1,13 @@
 """TensorRT and TensorRT-RTX: one engine, a profile for decode and one for prefill.
 
 The state lives in GPU memory and is bound as input and as output of every call, so that plugins
-update it in place. A decode step of a state is recorded as a CUDA graph once its buffers are known;
-the graph is dropped when they move. The flavour and the CUDA runtime are constructor arguments.
+update it in place. A decode step of a state is recorded as a CUDA graph when it comes again; the
+graph is dropped when its buffers move, or another state takes a step. The flavour and the CUDA
+runtime are constructor arguments.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,7 +25,12 @@ from ringexport.engine.plugins import PLUGIN_LIBRARY_FILE, PluginLibrary
 from ringexport.engine.table import read_table
 from ringexport.engine.target import EngineTarget
 from ringexport.errors import BackendUnavailableError, BundleError, ConfigError, RingExportError
-from ringexport.runtime.backends.trt_memory import CudaRuntime, DeviceArray, DeviceRuntime
+from ringexport.runtime.backends.trt_memory import (
+    CudaRuntime,
+    DeviceArray,
+    DeviceGraph,
+    DeviceRuntime,
+)
 from ringexport.runtime.backends.trt_state import DecodeCall, TrtState
 from ringexport.runtime.runner import BaseRunner, Logits, RunnerSpec, Tokens
 from ringexport.runtime.state import StateLayout
@@ -216,6 +223,7 @@ class TrtRunner(BaseRunner[TrtState]):
         self._limits = limits
         self.dtypes, layout, vocab_size = _describe(trt, self._engine, path)
         self._contexts = [self._context(profile) for profile in (DECODE, PREFILL)]
+        self._bound: weakref.ref[DecodeCall] | None = None  # what the decode context is bound to
         spec = RunnerSpec(
             name=name,
             vocab_size=vocab_size,
@@ -307,23 +315,35 @@ class TrtRunner(BaseRunner[TrtState]):
         state.decode_call = call
         call.inputs["tokens"].write(tokens[:, None])
         call.inputs["position"].write(state.position)
-        if call.graph is None:
-            context = self._contexts[DECODE]
-            self._bind(context, state, slice(0, state.batch), call.inputs, call.logits)
-            # Once outside of a graph: TensorRT prepares for new shapes, which no graph may hold.
-            self._execute(context)
-            self.cuda.synchronize()
-            result = call.logits.read()
-            # Only TensorRT-RTX can say no: it may compile kernels while it runs.
-            asked = getattr(context, "is_stream_capturable", None)
-            if asked is None or asked(self.cuda.stream):
-                call.graph = self.cuda.capture(lambda: self._execute(context))
-        else:
-            self.cuda.launch(call.graph)
-            self.cuda.synchronize()
-            result = call.logits.read()
+        self._step(call, state)
+        self.cuda.synchronize()
         state.position += 1
-        return np.asarray(result[:, 0], dtype=np.float32)
+        return np.asarray(call.logits.read()[:, 0], dtype=np.float32)
+
+    def _step(self, call: DecodeCall, state: TrtState) -> None:
+        """Start a decode step: plainly after another state, then as a graph.
+
+        TensorRT prepares for new shapes in the first step, which no graph may hold. A graph is void
+        once the context that it was captured from is bound anew.
+        """
+        context = self._contexts[DECODE]
+        bound = self._bound() if self._bound is not None else None
+        if bound is not call:
+            self._bound = None
+            if bound is not None:
+                bound.graph = None
+            self._bind(context, state, slice(0, state.batch), call.inputs, call.logits)
+            self._bound = weakref.ref(call)
+            self._execute(context)
+            return
+        # Only TensorRT-RTX can say no: it may compile kernels while it runs.
+        asked = getattr(context, "is_stream_capturable", None)
+        if call.graph is None and (asked is None or asked(self.cuda.stream)):
+            call.graph = DeviceGraph(self.cuda, lambda: self._execute(context))
+        if call.graph is None:
+            self._execute(context)
+        else:
+            call.graph.launch()
 
     def _decode_call(self, state: TrtState) -> DecodeCall:
         batch = state.batch
@@ -348,15 +368,23 @@ class TrtRunner(BaseRunner[TrtState]):
     ) -> None:
         """Tell a context shapes and addresses; state tensors are input and output at once."""
         for name, array in inputs.items():
-            context.set_input_shape(name, array.shape)
+            self._set_shape(context, name, array.shape)
             context.set_tensor_address(name, array.address)
         context.set_tensor_address("logits", logits.address)
         for name, array in state.arrays.items():
             kind, _, layer = name.partition(".")
             address = array.address + rows.start * array.row_bytes
-            context.set_input_shape(name, (rows.stop - rows.start, *array.shape[1:]))
+            self._set_shape(context, name, (rows.stop - rows.start, *array.shape[1:]))
             context.set_tensor_address(name, address)
             context.set_tensor_address(f"{STATE_TENSORS[kind]}.{layer}", address)
+
+    def _set_shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
+        # What is refused leaves the shape of the call before, with which the step would run.
+        if not context.set_input_shape(name, shape):
+            raise RingExportError(
+                f"{self.spec.name} refuses {name} of shape {list(shape)}{self._reason()}",
+                hint="the limits in the manifest do not fit this engine; build the bundle again",
+            )
 
     def _execute(self, context: Any) -> None:
         if not context.execute_async_v3(self.cuda.stream):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ringexport.errors import BackendUnavailableError, RingExportError
 
-__all__ = ["CudaRuntime", "DeviceArray", "DeviceRuntime", "Graph"]
+__all__ = ["CudaRuntime", "DeviceArray", "DeviceGraph", "DeviceRuntime", "Graph"]
 
 Array = npt.NDArray[Any]
 Graph = int
@@ -99,6 +99,24 @@ class DeviceArray:
         return values
 
 
+class DeviceGraph:
+    """Recorded work, which is given back with the object.
+
+    Args:
+        runtime: of the device.
+        work: puts on its stream what is recorded.
+    """
+
+    def __init__(self, runtime: DeviceRuntime, work: Callable[[], None]) -> None:
+        self._runtime = runtime
+        self._graph = runtime.capture(work)
+        weakref.finalize(self, runtime.drop, self._graph)
+
+    def launch(self) -> None:
+        """Start the work."""
+        self._runtime.launch(self._graph)
+
+
 class CudaRuntime:
     """The CUDA runtime library.
 
@@ -111,7 +129,6 @@ class CudaRuntime:
         stream = ctypes.c_void_p()
         self._call("cudaStreamCreate", ctypes.byref(stream))
         self._stream = stream
-        self._closed = False
 
     @property
     def stream(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ringexport.runtime.backends.trt_memory import DeviceArray, DeviceRuntime, Graph
+from ringexport.runtime.backends.trt_memory import DeviceArray, DeviceGraph, DeviceRuntime
 from ringexport.runtime.runner import RunnerSpec
 from ringexport.runtime.state import BaseState, StateSnapshot
 
@@ -42,18 +42,18 @@ class StateOwner(Protocol):
         """Return a zeroed array in GPU memory."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class DecodeCall:
     """A decode step of one state.
 
     Attributes:
         inputs, logits: fixed buffers.
-        graph: the recorded step, None before it is recorded.
+        graph: the recorded step, None while there is none.
     """
 
     inputs: dict[str, DeviceArray]
     logits: DeviceArray
-    graph: Graph | None = None
+    graph: DeviceGraph | None = None
 
 
 class TrtState(BaseState):
@@ -92,19 +92,13 @@ class TrtState(BaseState):
         if tokens <= self.capacity:
             return
         capacity = grown_capacity(tokens, self.context_length)
-        self.drop_decode_call()
+        self.decode_call = None
         used = int(self.position.max())
         for name in self._caches():
             larger, old = self._cache(name, capacity), self.arrays[name]
             _copy_tokens(self._owner.cuda, larger, old, (slice(None), slice(None)), used)
             self.arrays[name] = larger
         self.capacity = capacity
-
-    def drop_decode_call(self) -> None:
-        """Forget the recorded decode step."""
-        if self.decode_call is not None and self.decode_call.graph is not None:
-            self._owner.cuda.drop(self.decode_call.graph)
-        self.decode_call = None
 
     def _caches(self) -> Iterator[str]:
         for layer in self.layout.kv_cache:
