@@ -63,6 +63,21 @@ def test_experts(weight_format: str, kind: str, tokens: int, norm: bool, value: 
     check_rows(run.launch, spoil, bad)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 40, 200, 600])
+@pytest.mark.parametrize(("weight_format", "kind"), moe.CASES)
+def test_experts_of_hardly_anything(weight_format: str, kind: str, tokens: int) -> None:
+    """A row so small that the reciprocal of its scale is infinite: zeros, and no NaN from its 0."""
+    layer = Experts.make(
+        experts=24, hidden=256, width=64, shared=32, weight_format=weight_format, kind=kind
+    )
+    run = moe.Run(layer, tokens, top_k=4)
+    run.hidden[-1] = 1e-37
+    run.hidden[-1, ::3] = 0
+    output = run.launch().float()
+    assert bool(torch.isfinite(output).all())
+    assert output[-1].abs().max().item() < 1e-30
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8, 50, 200, 600])
 @pytest.mark.parametrize(("weight_format", "kind"), [("fp8", "channel"), ("bf16", "none")])
 def test_experts_that_nobody_has(weight_format: str, kind: str, tokens: int) -> None:

@@ -83,6 +83,10 @@ __device__ __forceinline__ float warp_max(float value) {
 // Largest code of an 8-bit format as the quantizer of ringexport/quantize uses it: see number_range().
 __host__ __device__ constexpr float number_range(DType type) { return type == DType::kInt8 ? 127.5f : 448.0f; }
 
+// Rows below this count as zeros where codes come from a product with the reciprocal of their scale, which
+// would be infinite.
+constexpr float kLeastAbsmax = 1e-30f;
+
 // Round a scaled number to an 8-bit code: to nearest even, saturating.
 __device__ __forceinline__ uint8_t to_fp8_e4m3(float scaled) {
   return __nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3);

@@ -232,7 +232,7 @@ __device__ __forceinline__ void copy_token(uint8_t* target, float* target_scale,
 // Dynamic scale of values whose largest magnitude is known.
 template <typename Format>
 __device__ __forceinline__ float dynamic_scale(float absmax) {
-  return absmax == 0.0f ? FLT_EPSILON : absmax / number_range(Format::kType);
+  return absmax < kLeastAbsmax ? FLT_EPSILON : absmax / number_range(Format::kType);
 }
 
 // Largest value of 16 neighbouring lanes: with 8 elements per lane, of one scale block.

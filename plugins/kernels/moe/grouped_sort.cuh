@@ -2,6 +2,8 @@
 // rows into that order (quantizing them), quantize between the products, and add up each token's experts.
 #pragma once
 
+#include <cfloat>
+
 #include "moe/grouped_plan.cuh"
 
 namespace ringkernels::grouped {
@@ -166,7 +168,7 @@ constexpr int kPermuteThreads = 128;
 constexpr int kMaxTopK = 32;
 
 __device__ __forceinline__ float scale_of(float absmax, bool int8) {
-  return absmax == 0.0f ? 1.1920929e-7f : absmax / number_range(int8 ? DType::kInt8 : DType::kFp8E4M3);
+  return absmax < kLeastAbsmax ? FLT_EPSILON : absmax / number_range(int8 ? DType::kInt8 : DType::kFp8E4M3);
 }
 
 template <typename T, int kCount>
