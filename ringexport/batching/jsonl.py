@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Self
 
 from ringexport.errors import ConfigError, OutputError
-from ringexport.runtime.chat import Message
+from ringexport.runtime.chat import Message, plain_messages
 from ringexport.runtime.sampling import SamplingParams
 from ringexport.runtime.session import Engine
 from ringexport.strict_json import parse_object
@@ -116,7 +116,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             while data := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(data) > MAX_LINE_BYTES:
-                    raise ConfigError(f"line {number} of {path} is longer than 64 MiB")
+                    message = f"line {number} of {path} is longer than 64 MiB"
+                    raise ConfigError(message, hint="a line holds one prompt")
                 if number == 1:  # some editors write a byte order mark
                     data = data.removeprefix(codecs.BOM_UTF8)
                 if data.strip():
@@ -152,6 +153,7 @@ def _prompt(values: Mapping[str, Json]) -> str | list[Message]:
         raise ConfigError("its prompt is no text, or empty")
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ConfigError('its messages are no list of {"role": "...", "content": ...}')
+    plain_messages(messages)
     return messages
 
 
@@ -168,6 +170,7 @@ class ResultFile:
 
     Attributes:
         finished: ids that are in the file.
+        failed: those of them whose line is an error.
 
     Raises:
         ConfigError: the file holds something else, or results of other prompts.
@@ -177,6 +180,7 @@ class ResultFile:
     def __init__(self, path: Path, known: Iterable[LineId]) -> None:
         self._path = path
         self.finished: set[LineId] = set()
+        self.failed: set[LineId] = set()
         try:
             if path.exists() and not path.is_file():
                 raise OutputError(f"{path} is no regular file", hint=OUTPUT_HINT)
@@ -202,7 +206,7 @@ class ResultFile:
                 left = left[self._file.write(left) :]
         except OSError as error:
             raise self._unusable(error) from error
-        self.finished.add(line["id"])
+        self._note(line)
 
     def __enter__(self) -> Self:
         return self
@@ -230,22 +234,27 @@ class ResultFile:
                 for number, data in enumerate(file, start=1):
                     if not data.endswith(b"\n"):
                         if not _is_cut_off(data):
-                            self._id(number, data, known)
+                            self._checked(number, data, known)
                         break
-                    self.finished.add(self._id(number, data, known))
+                    self._note(self._checked(number, data, known))
                     end += len(data)
             os.truncate(self._file.fileno(), end)
         except OSError as error:
             raise self._unusable(error) from error
 
-    def _id(self, number: int, data: bytes, known: set[LineId]) -> LineId:
+    def _note(self, line: Mapping[str, Json]) -> None:
+        self.finished.add(line["id"])
+        if "error" in line:
+            self.failed.add(line["id"])
+
+    def _checked(self, number: int, data: bytes, known: set[LineId]) -> dict[str, Json]:
         where = f"line {number} of {self._path}"
         line = parse_object(data, source=where, error=ConfigError, hint=RESUME_HINT)
         found = line.get("id")
         if not any(name in line for name in OUTCOMES):
             raise ConfigError(f"{where} is no result, but something else", hint=RESUME_HINT)
-        if isinstance(found, str | int) and found in known:
-            return found
+        if type(found) in (str, int) and found in known:
+            return line
         raise ConfigError(
             f"{where} is no result of a prompt of this input: its id is {found!r:.80}",
             hint=RESUME_HINT,

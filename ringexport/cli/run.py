@@ -95,7 +95,8 @@ def _sampling(
     "output_path",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Where --input's results go; prompts that have one there already are skipped.",
+    help="Where --input's results go, in the order in which they are ready; prompts whose id has"
+    " one there already are skipped, even if they were changed.",
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the checkpoint's chat template.")
 @click.option(

@@ -53,7 +53,8 @@ def run_batch(
         as_json: write the summary to stdout.
 
     Raises:
-        ConfigError: bad lines, before anything is loaded; or prompts that failed, at the end.
+        ConfigError: bad lines, before anything is loaded; or prompts that failed, in this run or
+            an earlier one, at the end.
         RingExportError: whatever is wrong with the bundle or the files.
     """
     from ringexport.batching.jsonl import ResultFile, read_prompts
@@ -73,7 +74,8 @@ def run_batch(
             progress.finish()
             seconds = time.perf_counter() - start
     new = len(ids) - skipped
-    counts = {"prompts": len(ids), "skipped": skipped, "failed": run.failed}
+    failed = len(results.failed)  # those of earlier runs too: nobody else may have seen them
+    counts = {"prompts": len(ids), "skipped": skipped, "failed": failed}
     tokens = {"prompt_tokens": run.prompt_tokens, "new_tokens": run.new_tokens}
     if as_json:
         app.write_json(counts | tokens | {"seconds": seconds})
@@ -83,9 +85,9 @@ def run_batch(
         f" {run.new_tokens / max(seconds, 1e-9):,.1f} tokens/s",
         style="dim",
     )
-    if run.failed:
+    if failed:
         raise ConfigError(
-            f"{run.failed:,} of {new:,} prompts failed",
+            f"{failed:,} of {len(ids):,} prompts failed",
             hint=f'the lines of {target} that have an "error" say why; delete them to try again',
         )
 

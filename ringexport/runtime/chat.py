@@ -13,11 +13,13 @@ from ringexport.errors import CheckpointError, ConfigError
 from ringexport.files import file_exists, read_regular, resolve_inside
 from ringexport.runtime.chat_sandbox import ChatEnvironment
 
-__all__ = ["ChatTemplate", "Message"]
+__all__ = ["ChatTemplate", "Message", "plain_messages"]
 
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}, with further keys as the template knows them."""
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_HINT = 'use {"role": "user", "content": "..."}'
 TEMPLATE_NAME = "chat_template.jinja"
 MAX_SOURCE = 100_000
 MAX_TOKEN = 10_000
@@ -118,27 +120,21 @@ class ChatTemplate:
         """Return the prompt text.
 
         Args:
-            messages: at least one.
+            messages: at least one; see `plain_messages`.
             thinking: given to the template as enable_thinking and thinking_option.
             add_generation_prompt: end with the start of the assistant's turn.
             tools: descriptions of functions that the model may call.
 
         Raises:
-            ConfigError: no messages, or one without a role.
+            ConfigError: no messages, or one that cannot be used; see `plain_messages`.
             CheckpointError: the template refuses the messages, fails, loops, or does what is
                 not allowed.
         """
-        if not messages:
-            raise ConfigError("a chat needs at least one message")
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise ConfigError(
-                    f"message {index} has no role", hint='use {"role": "user", "content": "..."}'
-                )
+        readable = plain_messages(messages)
         assert self._template is not None
         self._environment.budget.reset()
         values = self._variables | {
-            "messages": [dict(message) for message in messages],
+            "messages": readable,
             "tools": None if tools is None else [dict(tool) for tool in tools],
             "add_generation_prompt": add_generation_prompt,
             "enable_thinking": thinking,
@@ -153,6 +149,55 @@ class ChatTemplate:
         kind = "is refused" if isinstance(error, SecurityError) else "cannot be used"
         reason = str(error).strip() or type(error).__name__
         return CheckpointError(f"{self._where} {kind}: {reason[:400]}", hint=HINT)
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as templates read them: each has a known role and a text.
+
+    Templates pass over what they do not know, and the model would answer something else.
+
+    Args:
+        messages: as in OpenAI's API: the content is a text, or a list of parts that are texts;
+            beside tool calls it may be missing. A developer is the system.
+
+    Raises:
+        ConfigError: no messages, or one that cannot be used.
+    """
+    if not messages:
+        raise ConfigError("a chat needs at least one message")
+    return [_plain(index, message) for index, message in enumerate(messages)]
+
+
+def _plain(index: int, message: Message) -> dict[str, Any]:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str):
+        raise ConfigError(f"message {index} has no role", hint=MESSAGE_HINT)
+    if role not in ROLES:
+        raise ConfigError(
+            f"the role of message {index} is {role!r:.80}, expected one of {', '.join(ROLES)}",
+            hint=MESSAGE_HINT,
+        )
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join([_part_text(index, part) for part in content])
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        kind = "missing" if content is None else f"of type {type(content).__name__}"
+        raise ConfigError(
+            f"the content of message {index} is {kind}, expected a text", hint=MESSAGE_HINT
+        )
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
+
+
+def _part_text(index: int, part: object) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise ConfigError(
+            f"the content of message {index} has a part that is no text",
+            hint='the model reads only text: {"type": "text", "text": "..."}',
+        )
+    return text
 
 
 def _read_text(directory: Path) -> str:

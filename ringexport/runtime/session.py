@@ -158,13 +158,13 @@ class Engine:
         """Return the text that the checkpoint's own template makes of messages.
 
         Args:
-            messages: {"role": "user", "content": "..."} and so on.
+            messages: {"role": "user", "content": "..."} and so on; see `plain_messages`.
             thinking: whether the model should think before it answers.
             tools: functions that the model may call.
 
         Raises:
             CheckpointError: there is no template, or it cannot be used.
-            ConfigError: no messages, or one without a role.
+            ConfigError: no messages, one without a text, or with a role that is unknown.
         """
         template = self.tokenizer.chat_template
         if template is None:

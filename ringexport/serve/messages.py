@@ -32,7 +32,7 @@ def _message(fields: Fields) -> Message:
     role = fields.choice("role", ROLES)
     if role is None:
         raise fields.required("role", " or ".join(map(repr, ROLES)))
-    message: Message = {"role": "system" if role == "developer" else role}
+    message: Message = {"role": role}
     content = _content(fields)
     name = fields.text("name", most=200)
     if name is not None:

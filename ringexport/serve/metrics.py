@@ -16,8 +16,21 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 HELP = {
     "running": "Requests that are being read or continued.",
     "waiting": "Requests in the queue.",
+    "submitted": "Requests that were taken on.",
+    "refused": "Requests that found the queue full.",
+    "finished": "Requests that ended by themselves.",
+    "cancelled": "Requests whose client had gone, or read too slowly.",
+    "failed": "Requests that ended with an error of the model.",
+    "prompt_tokens": "Tokens of prompts that were read, cached ones included.",
+    "cached_tokens": "Tokens of prompts that came from the prefix cache.",
+    "generated_tokens": "Tokens that were chosen.",
+    "steps": "Turns of the loop that reads prompts and continues requests.",
+    "decode_steps": "Calls of the model that gave all running requests a token.",
+    "cache_hits": "Prompts of which the prefix cache held a part.",
+    "cache_misses": "Prompts of which the prefix cache held nothing.",
     "cache_entries": "States in the prefix cache.",
     "cache_bytes": "Memory of the states in the prefix cache.",
+    "cache_evictions": "States that left the prefix cache to make room for others.",
 }
 
 
@@ -82,9 +95,6 @@ class _StatsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         for field in fields(stats):
-            name, value = field.name, getattr(stats, field.name)
-            text = HELP.get(name, f"{name.replace('_', ' ').capitalize()} since the start.")
-            if name in GAUGES:
-                yield GaugeMetricFamily(f"ringexport_{name}", text, value=value)
-            elif isinstance(value, int):
-                yield CounterMetricFamily(f"ringexport_{name}", text, value=value)
+            name, value = f"ringexport_{field.name}", getattr(stats, field.name)
+            family = GaugeMetricFamily if field.name in GAUGES else CounterMetricFamily
+            yield family(name, HELP[field.name], value=value)

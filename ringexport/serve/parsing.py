@@ -3,6 +3,7 @@
 import json
 import uuid
 from dataclasses import dataclass
+from typing import Any, Never
 
 __all__ = ["Part", "ReplyParser", "ToolCall"]
 
@@ -154,10 +155,19 @@ def _overlap(text: str, marker: str) -> int:
     return 0
 
 
+def _loads(text: str) -> Any:
+    """Return the value of strict JSON, which every client can read."""
+
+    def refuse(constant: str) -> Never:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def _parse(text: str) -> ToolCall | None:
     """Return the call in the text between the markers, None if it is none."""
     try:
-        data = json.loads(text)
+        data = _loads(text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(data, dict) or not isinstance(data.get("name"), str) or not data["name"]:
@@ -165,11 +175,14 @@ def _parse(text: str) -> ToolCall | None:
     arguments = data.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = _loads(arguments)
         except (ValueError, RecursionError):
             return None
     if not isinstance(arguments, dict):
         return None
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # a number that is too large for a float
+        return None
     identity = f"call_{uuid.uuid4().hex[:24]}"
-    text = json.dumps(arguments, ensure_ascii=False)
     return ToolCall(id=identity, name=data["name"], arguments=text)

@@ -277,7 +277,15 @@ class CompletionReply:
         }
 
     def _text(self, index: int) -> str:
-        return self._tokenizer.token_bytes(index).decode("utf-8", "replace")
+        """Return the text of a token; one that splits a character has bytes, as OpenAI writes them.
+
+        Alternatives are told apart by their text alone.
+        """
+        text = self._tokenizer.token_text(index)
+        if text is not None:
+            return text
+        data = self._tokenizer.token_bytes(index)
+        return "bytes:" + "".join([f"\\x{byte:02x}" for byte in data])
 
 
 def _logprobs_of(events: Sequence[PieceEvent]) -> list[TokenLogprobs]:

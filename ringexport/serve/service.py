@@ -143,6 +143,9 @@ class Service:
 
     def _chat_ids(self, chat: ChatRequest) -> tuple[list[int], bool]:
         """Return the prompt, and whether it ends in the middle of reasoning."""
+        if self._engine.tokenizer.chat_template is None:
+            message = "the model has no chat template; continue texts with /v1/completions"
+            raise ApiError(message, code="chat_template")
         # As one text, since tokens may span messages, and as templates trim them.
         said = "".join(one["content"].strip() for one in chat.messages if one["role"] == "user")
         self._check_length(self._engine.tokenizer.least_tokens(said), at_least=True)

@@ -45,7 +45,11 @@ INPUTS = (
         data_type="STRING",
         meaning='a whole chat instead, as JSON: `[{"role": "user", "content": "..."}]`',
     ),
-    TensorSpec(name="thinking", data_type="BOOL", meaning="whether the model thinks in a chat"),
+    TensorSpec(
+        name="thinking",
+        data_type="BOOL",
+        meaning="whether the model thinks in a chat; default true",
+    ),
     TensorSpec(
         name="stream",
         data_type="BOOL",

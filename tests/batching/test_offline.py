@@ -89,6 +89,8 @@ def test_lines_become_prompts(tmp_path: Path) -> None:
         ('{"id": 1, "prompt": [1]}', "no text, or empty"),
         ('{"id": 1, "messages": []}', "messages are no list"),
         ('{"id": 1, "messages": [{"content": "a"}]}', "messages are no list"),
+        ('{"id": 1, "messages": [{"role": "user"}]}', "content of message 0 is missing"),
+        ('{"id": 1, "messages": [{"role": "robot", "content": "a"}]}', "role of message 0"),
         ('{"id": 1, "prompt": "a", "thinking": 1}', "thinking is 1"),
         ('{"id": 1, "prompt": "a", "temperature": -1}', "temperature is -1"),
         ('{"id": 1, "prompt": "a", "temperature": NaN}', "NaN"),
@@ -158,14 +160,15 @@ def test_messages_and_chat(engine: Engine, tmp_path: Path) -> None:
         {"id": 1, "messages": messages},
         {"id": 2, "messages": messages, "thinking": False},
         {"id": 3, "prompt": "hi"},
+        {"id": 4, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
     ]
     run(engine, write_lines(tmp_path / "in", values), tmp_path / "out", chat=True)
     found = results_in(tmp_path / "out")
     sizes = [
         len(engine.encode(engine.chat_prompt(messages, thinking=thinking)))
-        for thinking in (True, False, True)
+        for thinking in (True, False, True, True)
     ]
-    assert [found[number]["prompt_tokens"] for number in (1, 2, 3)] == sizes
+    assert [found[number]["prompt_tokens"] for number in (1, 2, 3, 4)] == sizes
 
 
 def test_a_prompt_that_the_model_refuses_gets_a_line(engine: Engine, tmp_path: Path) -> None:
@@ -209,6 +212,7 @@ def test_a_result_that_lacks_only_its_end_is_written_again(engine: Engine, tmp_p
         "x\n",
         "a note without a line's end",
         '{"id": [1]}\n',
+        '{"id": true, "text": "b"}\n',
         "{}\n",
         "{}",
     ],
@@ -217,7 +221,7 @@ def test_results_of_something_else_are_left_alone(tmp_path: Path, text: str) -> 
     path = tmp_path / "out"
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"line 1 of {path}"):
-        ResultFile(path, ["a"])
+        ResultFile(path, ["a", 1])
     assert path.read_text() == text
 
 
@@ -277,8 +281,11 @@ def test_the_command(bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert shown.out == ""
     assert target.read_bytes() == before
     write_lines(source, [*prompts(6), {"id": "long", "prompt": "x " * 5000}])
-    assert run_cli(command) == 3
-    assert "1 of 1 prompts failed" in capsys.readouterr().err
+    for _ in range(2):  # the second run has nothing to do, but does not hide what failed
+        assert run_cli([*command, "--json"]) == 3
+        shown = capsys.readouterr()
+        assert "1 of 7 prompts failed" in shown.err
+        assert json.loads(shown.out)["failed"] == 1
 
 
 @pytest.mark.parametrize(

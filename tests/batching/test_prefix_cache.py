@@ -172,6 +172,22 @@ def test_the_least_recently_used_leave_first(runner: FakeRunner) -> None:
     assert cache.nbytes <= 4 * each
 
 
+def test_nothing_is_kept_below_a_prefix_that_had_to_leave(runner: FakeRunner) -> None:
+    rule = ChunkRule({MARKER}, 4)
+    cache = PrefixCache(rule, 1 << 20)
+    read(runner, cache, rule, [1] * 4 + [9])
+    cache = PrefixCache(rule, 2 * cache.nbytes)
+    tokens = [1] * 8 + [9]
+    state = runner.new_state(1)
+    runner.prefill([tokens[:4]], None, state)
+    node = cache.add(cache.root, tokens, 4, state)
+    assert node is not None
+    read(runner, cache, rule, [2] * 8 + [9])
+    runner.prefill([tokens[4:8]], None, state)
+    assert cache.add(node, tokens, 8, state) is None
+    assert [cache.find([token] * 9).end for token in (1, 2)] == [0, 8]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=40), max_size=30),

@@ -56,6 +56,45 @@ def test_whole_chat() -> None:
     )
 
 
+def test_messages_are_texts_of_known_roles() -> None:
+    parts = [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]
+    call = {"name": "f", "arguments": {}}
+    text = ChatTemplate(TEMPLATE).render(
+        [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ],
+        thinking=False,
+    )
+    assert text.startswith("<role>SYSTEM</role>Be brief.\n")
+    assert "<role>HUMAN</role>One\nTwo<|role_end|><role>ASSISTANT</role>\n<tool_call>" in text
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"role": "user"}, "the content of message 1 is missing, expected a text"),
+        ({"role": "user", "content": None}, "the content of message 1 is missing"),
+        ({"role": "user", "content": 5}, "the content of message 1 is of type int"),
+        ({"role": "tool", "content": {"a": 1}}, "the content of message 1 is of type dict"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "message 1 is missing"),
+        ({"role": "user", "content": ["a"]}, "message 1 has a part that is no text"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "message 1 has a part that is no text",
+        ),
+        ({"role": "robot", "content": "a"}, "the role of message 1 is 'robot', expected one of"),
+        ({"content": "a"}, "message 1 has no role"),
+    ],
+    ids=str,
+)
+def test_what_a_template_would_pass_over_is_refused(message: Message, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        ChatTemplate(TEMPLATE).render([*HELLO, message])
+    assert caught.value.hint
+
+
 def test_thinking_opens_a_thought() -> None:
     assert ChatTemplate(TEMPLATE).render(HELLO).endswith("<role>ASSISTANT</role>\n<think>\n")
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ringexport.errors import (
 from ringexport.runtime.registry import open_bundle_runner
 from ringexport.runtime.runner import Logits
 from ringexport.runtime.session import GenerationResult
+from ringexport.runtime.state import write_state_file
 from tests.runtime.conftest import OPTIONS
 
 SHORT = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -291,6 +293,46 @@ def test_session_files_of_others_are_refused(
     (tmp_path / "session").write_bytes(content.replace(digest, b"0" * 64))
     with pytest.raises(DigestError, match="another model"):
         session.load_state(tmp_path / "session")
+
+
+def test_a_session_saved_amid_its_text_goes_on_elsewhere(
+    engine: Engine, bundle_path: Path, tmp_path: Path
+) -> None:
+    params = SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=3)
+    session = engine.session()
+    with session.stream("the rain", SHORT) as stream:
+        for _ in range(4):
+            next(stream)
+    engine.save_state(session, tmp_path / "session")
+    expected = session.generate("", params)
+    with Engine.open(bundle_path, options=OPTIONS) as other:
+        found = other.load_state(tmp_path / "session").generate("", params)
+    assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+    whole = engine.generate("the rain", SamplingParams(max_new_tokens=40, ignore_eos=True))
+    fed = stream.result.new_tokens
+    assert whole.token_ids[fed : fed + 9] == expected.token_ids
+
+
+def test_a_file_that_contradicts_itself_changes_no_session(engine: Engine, tmp_path: Path) -> None:
+    session = engine.session()
+    session.generate("a", SHORT)
+    note = json.dumps({"tokens": session.tokens[:-1], "pending": [], "messages": []})
+    snapshot = session._current_state().snapshot()
+    write_state_file(tmp_path / "odd", snapshot, model_digest=engine.runner.model_digest, note=note)
+    expected = session.fork().generate("b", SHORT)
+    with pytest.raises(BundleError, match="its state and its tokens disagree"):
+        session.load_state(tmp_path / "odd")
+    with pytest.raises(BundleError, match="cannot be read"):
+        session.load_state(tmp_path / "missing")
+    assert session.generate("b", SHORT).token_ids == expected.token_ids
+
+
+def test_states_of_another_recipe_do_not_fit(engine: Engine, bundle_path: Path) -> None:
+    bundle = EngineBundle.open(bundle_path, verify=False)
+    build = dataclasses.replace(bundle.manifest.build, recipe="int8")
+    other = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, build=build))
+    with open_bundle_runner(other, "onnxruntime:cpu", OPTIONS) as runner:
+        assert runner.model_digest != engine.runner.model_digest
 
 
 def test_interrupted_session_recovers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Answers as the official client sees them, with a script instead of a model."""
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,9 +10,11 @@ import openai
 import pytest
 from openai import OpenAI
 
+from ringexport.batching import BatchingStats
 from ringexport.runtime.generation import GenerationResult, Timings
+from ringexport.runtime.sampling import TokenLogprobs
 from ringexport.runtime.session import Engine
-from ringexport.serve.replies import ChatReply
+from ringexport.serve.replies import ChatReply, CompletionReply
 from tests.serve.conftest import NAME, Script, Scripted
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -84,8 +88,19 @@ def test_stream(scripted: Scripted, client: Any) -> None:
 
 
 def test_no_usage_chunk_unless_it_is_asked_for(client: Any) -> None:
-    chunks = list(client.chat.completions.create(model=NAME, messages=USER, stream=True))
-    assert all(len(chunk.choices) == 1 for chunk in chunks)
+    for more in ({}, {"stream_options": {"include_usage": False}}):
+        stream = client.chat.completions.create(model=NAME, messages=USER, stream=True, **more)
+        assert all(len(chunk.choices) == 1 for chunk in stream)
+
+
+def test_thinking_has_two_names(scripted: Scripted, client: Any) -> None:
+    for option in ("on", "off"):
+        client.chat.completions.create(
+            model=NAME,
+            messages=USER,
+            extra_body={"chat_template_kwargs": {"thinking_option": option}},
+        )
+        assert f"detailed thinking {option}" in scripted.batching.prompts[-1]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -105,28 +120,31 @@ def test_thinking_is_separate(scripted: Scripted, client: Any, stream: bool) -> 
     assert scripted.batching.prompts[0].endswith("<think>\n")
 
 
-def test_reasoning_is_counted_where_its_end_is_several_tokens(nano: Engine) -> None:
-    ids = [token for letter in "ab</think>c" for token in nano.encode(letter)]
-    assert len(ids) == 11
+def _result(text: str, ids: list[int]) -> GenerationResult:
     timings = Timings(
         time_to_first_token_ms=1.0,
         total_ms=1.0,
         prefill_tokens_per_second=1.0,
         tokens_per_second=1.0,
     )
-    result = GenerationResult(
-        text="ab</think>c",
+    return GenerationResult(
+        text=text,
         token_ids=tuple(ids),
         stop_reason="length",
         stop_text=None,
         prompt_tokens=1,
-        new_tokens=11,
+        new_tokens=len(ids),
         timings=timings,
     )
+
+
+def test_reasoning_is_counted_where_its_end_is_several_tokens(nano: Engine) -> None:
+    ids = [token for letter in "ab</think>c" for token in nano.encode(letter)]
+    assert len(ids) == 11
     reply = ChatReply(
         nano.tokenizer, NAME, thinking=True, tools=False, stream=False, include_usage=False
     )
-    usage = reply.whole(result)["usage"]
+    usage = reply.whole(_result("ab</think>c", ids))["usage"]
     assert usage["completion_tokens_details"] == {"reasoning_tokens": 10}
 
 
@@ -161,10 +179,8 @@ def test_tool_calls(scripted: Scripted, client: Any, stream: bool) -> None:
 
 
 def test_the_result_of_a_tool_goes_back(scripted: Scripted, client: Any) -> None:
-    scripted.batching.script = Script(CALL)
-    first = client.chat.completions.create(
-        model=NAME, messages=USER, tools=[TOOL], extra_body=OFF
-    ).choices[0]
+    scripted.batching.script = Script(f"I have to look.\n</think>\n\n{CALL}")
+    first = client.chat.completions.create(model=NAME, messages=USER, tools=[TOOL]).choices[0]
     scripted.batching.script = Script("Sunny.")
     call = first.message.tool_calls[0]
     result = {"role": "tool", "tool_call_id": call.id, "content": "sun"}
@@ -173,7 +189,7 @@ def test_the_result_of_a_tool_goes_back(scripted: Scripted, client: Any) -> None
     )
     assert second.choices[0].message.content == "Sunny."
     assert second.choices[0].finish_reason == "stop"
-    assert CALL in scripted.batching.prompts[1]
+    assert f"<think>\nI have to look.\n</think>\n\n{CALL}" in scripted.batching.prompts[1]
     assert "<tool_response>\nsun\n</tool_response>" in scripted.batching.prompts[1]
 
 
@@ -260,6 +276,39 @@ def test_offsets_count_characters_of_the_text(scripted: Scripted, client: Any) -
     assert set(choice.logprobs.text_offset) == {0, 1, 2}
 
 
+def test_alternatives_that_split_a_character_are_told_apart(nano: Engine) -> None:
+    ids = nano.encode("🎉")
+    assert len(ids) == len(set(ids)) > 2
+    top = tuple((token, -1.0 - place) for place, token in enumerate(ids))
+    logs = tuple(
+        TokenLogprobs(token_id=token, logprob=value, top=top)
+        for token, value in zip(ids, (value for _, value in top), strict=True)
+    )
+    result = dataclasses.replace(_result("🎉", ids), logprobs=logs)
+    found = CompletionReply(nano.tokenizer, NAME, include_usage=False).whole(result)
+    entries = found["choices"][0]["logprobs"]
+    assert [len(each) for each in entries["top_logprobs"]] == [len(ids)] * len(ids)
+    for token, value, each in zip(
+        entries["tokens"], entries["token_logprobs"], entries["top_logprobs"], strict=True
+    ):
+        assert each[token] == value
+    assert "".join(token.removeprefix("bytes:") for token in entries["tokens"]) == (
+        "".join(f"\\x{byte:02x}" for byte in "🎉".encode())
+    )
+
+
+def test_the_stop_token_has_no_entry_for_it_is_no_text(nano: Engine) -> None:
+    ids = [*nano.encode("ok"), min(nano.tokenizer.stop_ids)]
+    logs = tuple(TokenLogprobs(token_id=token, logprob=-1.0, top=()) for token in ids)
+    result = dataclasses.replace(_result("ok", ids), logprobs=logs)
+    chat = ChatReply(
+        nano.tokenizer, NAME, thinking=False, tools=False, stream=False, include_usage=False
+    ).whole(result)["choices"][0]
+    assert "".join(entry["token"] for entry in chat["logprobs"]["content"]) == "ok"
+    text = CompletionReply(nano.tokenizer, NAME, include_usage=False).whole(result)["choices"][0]
+    assert "".join(text["logprobs"]["tokens"]) == "ok"
+
+
 def test_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
@@ -285,6 +334,16 @@ def test_health_and_metrics(scripted: Scripted, client: Any) -> None:
     assert "ringexport_running 0.0" in text
     assert "# TYPE ringexport_generated_tokens_total counter" in text
     assert "ringexport_time_to_first_token_seconds_count" in text
+
+
+def test_every_count_says_what_it_counts(scripted: Scripted) -> None:
+    text = scripted.http.get(f"{scripted.url}/metrics").text
+    told = dict(re.findall(r"# HELP ringexport_(\w+?)(?:_total)? (.*)", text))
+    for field in dataclasses.fields(BatchingStats):
+        words = field.name.replace("_", " ")
+        assert not told[field.name].lower().startswith(f"{words} since"), field.name
+    assert "ringexport_cache_evictions_total 0.0" in text
+    assert "ringexport_cache_bytes 0.0" in text
 
 
 def test_a_silent_stream_shows_signs_of_life(serve_script: Any) -> None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringexport.errors import QueueFullError, RingExportError
+from ringexport.runtime.session import Engine
 from tests.serve.conftest import NAME, ROOT, Script, Scripted, Serve, wait_until
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
@@ -84,6 +85,9 @@ def refused(answer: Any, status: int, *texts: str) -> dict[str, Any]:
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "web"}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}, "strict"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"chat_template_kwargs": {"enable_thinking": True, "thinking_option": "off"}}, "kwargs"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"chat_template_kwargs": {"enable_thinking": "no"}}, "chat_template_kwargs"),
@@ -259,6 +263,14 @@ def test_messages_that_a_template_makes_short_are_answered(
     monkeypatch.setattr("ringexport.runtime.session.Engine.chat_prompt", lambda *_, **__: "Hi.")
     answer = post(server, {"messages": messages})
     assert answer.status_code == 200, answer.text
+
+
+def test_a_model_without_a_template(
+    scripted: Scripted, nano: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nano.tokenizer, "chat_template", None)
+    refused(post(scripted, CHAT), 400, "has no chat template; continue texts with /v1/completions")
+    assert post(scripted, COMPLETION, "completions").status_code == 200
 
 
 def test_a_full_queue(scripted: Scripted) -> None:

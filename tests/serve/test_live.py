@@ -108,6 +108,48 @@ def test_a_second_turn_uses_the_first(client: Any) -> None:
     assert again.choices[0].message == first.choices[0].message
 
 
+def test_metrics_are_the_sums_of_the_answers(nano: Engine) -> None:
+    with (
+        BatchingEngine(nano, BatchingOptions(max_batch=2)) as batching,
+        serving(nano, batching) as running,
+        OpenAI(base_url=running.base_url, api_key="none", max_retries=0) as client,
+    ):
+        usages: list[Any] = []
+
+        def ask(text: str, size: int) -> None:
+            answer = client.completions.create(model=NAME, prompt=text, max_tokens=size)
+            usages.append(answer.usage)
+
+        for size in (1, 5, 9):
+            ask("The rain in Spain stays mainly in the plain. " * 60, size)
+        threads = [threading.Thread(target=ask, args=(f"{n}", 20)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model=NAME, prompt="a", n=2)
+        text = running.http.get(f"{running.url}/metrics").text
+    found = dict(re.findall(r"^ringexport_(\S+) (\S+)$", text, re.MULTILINE))
+    assert len(usages) == 9
+    cached = [one.prompt_tokens_details.cached_tokens for one in usages]
+    for name, expected in {
+        "prompt_tokens_total": sum(one.prompt_tokens for one in usages),
+        "generated_tokens_total": sum(one.completion_tokens for one in usages),
+        "cached_tokens_total": sum(cached),
+        "cache_hits_total": sum(map(bool, cached)),
+        "cache_misses_total": 9 - sum(map(bool, cached)),
+        "submitted_total": 9,
+        "finished_total": 9,
+        "time_to_first_token_seconds_count": 9,
+        "waiting": 0,
+        'http_requests_total{path="/v1/completions",status="200"}': 9,
+        'http_requests_total{path="/v1/completions",status="400"}': 1,
+    }.items():
+        assert float(found[name]) == expected, name
+    assert sum(cached) > 0
+
+
 def test_many_at_once_say_what_each_says_alone(nano_url: str) -> None:
     asyncio.run(_ask_many(nano_url))
 

@@ -132,6 +132,23 @@ def test_stop_keeps_what_was_said(page: Page, scripted: Scripted) -> None:
 
 
 @NEEDS_BROWSER
+def test_drawing_a_long_answer_leaves_time_for_the_rest(page: Page, scripted: Scripted) -> None:
+    scripted.batching.script = Script("</think>" + "word " * 400, delay=0.005)
+    page.evaluate(
+        "window.spent = 0; window.plain = render; window.render = (target, text) => {"
+        " const began = performance.now(); while (performance.now() - began < 100);"
+        " plain(target, text); spent += performance.now() - began; }; 0"
+    )
+    page.evaluate("window.began = performance.now()")
+    say(page, "Go on")
+    page.wait(f"document.querySelector('{LAST} > .text').textContent.length > 20")
+    page.wait("document.querySelector('#send').textContent === 'Send'")
+    assert page.evaluate("spent / (performance.now() - began)") < 0.5
+    text = page.evaluate(f"document.querySelector('{LAST} > .text').textContent")
+    assert text == "word " * 400
+
+
+@NEEDS_BROWSER
 def test_shift_enter_makes_a_line_and_html_stays_text(page: Page, scripted: Scripted) -> None:
     scripted.batching.script = Script("</think><img src=x onerror=alert(1)> **bold**")
     page.evaluate("document.querySelector('#input').focus()")

@@ -204,6 +204,28 @@ def test_a_bug_in_a_request_is_answered_and_leaves_its_session() -> None:
     assert len(model._sessions) == 0
 
 
+def test_a_whole_chat_does_not_go_behind_a_session() -> None:
+    model = StreamingModel.__new__(StreamingModel)
+    model._api, model._outbox = API, Outbox(API)
+    model._sessions = SessionTable(limit=4, idle_seconds=60)
+    model._sessions.begin(7, start=True, last=False).finish([1, 2])
+    model._engine = SimpleNamespace(  # type: ignore[assignment]
+        tokenizer=SimpleNamespace(encode=lambda _: [3]), chat_prompt=lambda _, **__: "x"
+    )
+    chat = np.array(['[{"role": "user", "content": "a"}]'])
+    model._read = lambda _, name: chat if name == "messages" else None  # type: ignore[method-assign]
+    sender = Sender()
+    request = SimpleNamespace(
+        get_response_sender=lambda: sender, flags=lambda: 0, correlation_id=lambda: 7
+    )
+    model.execute([request])
+    model._outbox.close()
+    [(response, _)] = sender.sent
+    assert response.error.code == TritonError.INVALID_ARG
+    assert "messages hold a whole chat" in response.error.message
+    assert model._sessions.begin(7, start=False, last=False).history == (1, 2)
+
+
 def test_the_session_knows_before_the_client() -> None:
     table = SessionTable(limit=1, idle_seconds=1)
     turn = table.begin(1, start=True, last=False)
