@@ -257,6 +257,13 @@ def test_many_tokens_for_each_expert(weight: torch.dtype, kind: str) -> None:
     check(case_of(weight, kind, tokens=4097, experts=4, top_k=2, hidden=512, width=256, shared=256))
 
 
+@format_cases
+def test_more_tiles_than_one_round(weight: torch.dtype, kind: str) -> None:
+    """Seven and four rounds of 132 blocks: what goes from tile to tile comes round twice."""
+    sizes = {"tokens": 4097, "hidden": 1024, "width": 1024, "shared": 512, "experts": 8, "top_k": 2}
+    check(case_of(weight, kind, **sizes))
+
+
 @pytest.mark.parametrize("routing", ["one", "empty", "invalid"])
 @pytest.mark.parametrize("kind", ["channel", "block"])
 def test_uneven_routing(routing: str, kind: str) -> None:

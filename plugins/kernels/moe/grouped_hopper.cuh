@@ -362,8 +362,8 @@ __device__ __forceinline__ void consume(HopperShared& shared, const Product& pro
     const TileIndex tile = job.tile;
     const Place place = {tile.weight_tile * (kWeightTile / 16) + static_cast<int>(threadIdx.x - 128) / 32,
                          static_cast<int>(threadIdx.x) % 32};
-#define RING_STEPS(steps)                                                                         \
-  case steps:                                                                                     \
+#define RING_STEPS(steps)                                                                              \
+  case steps:                                                                                          \
     consume_tile<kFormat, kBlockScale, kSwiGlu, steps>(stages, product, tile, place, job.token_scale); \
     break
     switch (ceil_div(tile.columns, kTokenStep)) {
@@ -425,7 +425,7 @@ Status encode_maps(const Product& product, bool swiglu, bool block_scale, int64_
 template <Format kFormat, bool kBlockScale>
 Status launch_hopper(const Product& product, bool swiglu, int64_t max_rows, int multiprocessors,
                      bool programmatic, Stream stream) {
-  HopperMaps maps;
+  HopperMaps maps = {};  // all of them are prefetched
   const Status status = encode_maps(product, swiglu, kBlockScale, max_rows, &maps);
   if (!status.ok()) return status;
   LaunchShape shape;
