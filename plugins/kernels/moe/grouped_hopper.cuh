@@ -105,8 +105,7 @@ __device__ __forceinline__ void look_ahead(HopperShared& shared, const Product& 
     if (lane == 0) job.tile = tile;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) job.token_scale[32 * i + lane] = held[i];
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.job_full[turn % kJobs]);
+    barrier_arrive(&shared.job_full[turn % kJobs]);
   }
 }
 
@@ -375,8 +374,7 @@ __device__ __forceinline__ void consume(HopperShared& shared, const Product& pro
       RING_STEPS(6);
     }
 #undef RING_STEPS
-    __syncwarp();
-    if (place.lane == 0) barrier_arrive(&shared.job_empty[turn % kJobs]);
+    barrier_arrive(&shared.job_empty[turn % kJobs]);
   }
 }
 
@@ -392,8 +390,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       barrier_init(&shared.empty[stage], kConsumers * 4);
     }
     for (int job = 0; job < kJobs; ++job) {
-      barrier_init(&shared.job_full[job], 1);
-      barrier_init(&shared.job_empty[job], kConsumers * 4);
+      barrier_init(&shared.job_full[job], 32);
+      barrier_init(&shared.job_empty[job], kConsumers * 128);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     for (int side = 0; side < 2; ++side) {
