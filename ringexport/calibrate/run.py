@@ -210,8 +210,8 @@ class _Run:
         progress.finish()
         if starved:
             progress.note(
-                f"{starved} experts chose fewer than {self._settings.min_expert_tokens} tokens; "
-                "they were shown others of their open groups"
+                f"experts that fewer than {self._settings.min_expert_tokens} tokens chose:"
+                f" {starved}; they were shown others of their open groups"
             )
         return entries
 

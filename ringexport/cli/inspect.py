@@ -29,7 +29,7 @@ _SHORT_DIGEST = 16
 @command_options
 @pass_app
 def command(app: App, path: Path, *, verify: bool, show_all: bool, as_json: bool) -> None:
-    """Show what PATH is: a checkpoint, a bundle, a .safetensors file or an .onnx file.
+    """Show what PATH is: a checkpoint, a bundle, or a .safetensors, .onnx or .plan file.
 
     Reads headers, configs and manifests, no weights; a bundle is verified unless told otherwise.
     """

@@ -183,7 +183,9 @@ def command(
                 on_start=lambda: _announce(terminal, url_of(listener), options.model_name),
             )
             if options.api_key is None and not address.is_local:
-                terminal.say("note: anybody who reaches this machine can use it; set --api-key")
+                terminal.say(
+                    "note: anybody who reaches this machine can use it; set RINGEXPORT_API_KEY"
+                )
             undo = _log_requests(quiet=app.quiet)
             try:
                 server.run(sockets=[listener])

@@ -109,7 +109,7 @@ class TensorRtTarget:
             where = ", ".join(f"sm_{number}" for number in missing)
             found.append(
                 f"{name} cannot run on {where}: its plugin library has kernels for"
-                f" {self.library.kernels} only"
+                f" {self.library.kernels} only; `make plugins ARCHITECTURES=...` builds others"
             )
         if self.profile.options.strip_plan:
             found.append(f"{name} has no weights (option strip_plan): refit it before it runs")

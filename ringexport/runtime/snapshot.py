@@ -35,6 +35,7 @@ __all__ = [
 
 STATE_FORMAT = "ringexport-state"
 STATE_FORMAT_VERSION = 1
+METADATA_KEYS = {"format", "format_version", "model_digest", "note", "checksum"}
 REBUILD_HINT = "run the prompt again and save the state anew"
 
 Array = npt.NDArray[Any]
@@ -264,7 +265,7 @@ def _checksum(tensors: Mapping[str, Array], note: str) -> str:
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], model_digest: str) -> None:
-    """Check format, version and model of a state file."""
+    """Check format, version and model of a state file, and that it says nothing else."""
     if metadata.get("format") != STATE_FORMAT:
         raise BundleError(f"{path} is no state file of ringexport", hint=REBUILD_HINT)
     version = metadata.get("format_version", "")
@@ -272,6 +273,11 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], model_digest: str) 
         raise VersionError(
             f"{path} is in state format {version!r}, this version reads {STATE_FORMAT_VERSION}",
             hint="upgrade ringexport, or " + REBUILD_HINT,
+        )
+    unknown = sorted(metadata.keys() - METADATA_KEYS)
+    if unknown:  # the name of the checksum may be what is damaged
+        raise BundleError(
+            f"the state file {path} holds the unknown key {unknown[0]!r:.80}", hint=REBUILD_HINT
         )
     found = metadata.get("model_digest", "")
     if found != model_digest:

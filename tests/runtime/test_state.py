@@ -64,26 +64,17 @@ def test_position_is_needed(file: Path) -> None:
 def test_damage_is_found(file: Path) -> None:
     """A flipped bit in every byte: of the tensors, the position, the note, the header."""
     good = file.read_bytes()
-    expected = read_state_file(file, model_digest="aa")
     for cut in (0, 7, 60, len(good) - 1):
         file.write_bytes(good[:cut])
         with pytest.raises(BundleError):
             read_state_file(file, model_digest="aa")
-    accepted, rng = 0, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for place in range(len(good)):
         broken = bytearray(good)
         broken[place] ^= 1 << rng.integers(8)
         file.write_bytes(bytes(broken))
-        try:
-            found = read_state_file(file, model_digest="aa")
-        except BundleError:
-            continue
-        accepted += 1  # the name of the checksum, for example: what matters is the same
-        assert found.note == expected.note
-        assert_same(found.snapshot.position, expected.snapshot.position)
-        for name, array in expected.snapshot.tensors.items():
-            assert_same(found.snapshot.tensors[name], array)
-    assert accepted < 40
+        with pytest.raises(BundleError):
+            read_state_file(file, model_digest="aa")
 
 
 def test_a_flipped_bit_is_named_as_damage(file: Path) -> None:
