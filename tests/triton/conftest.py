@@ -89,4 +89,7 @@ def server(nano: EngineBundle, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with run_server([folder / name for name in (*NAMES, "step")], folder) as server:
         yield server
     log = server.log.read_text()
-    assert [name for name in NAMES if f"successfully unloaded '{name}'" not in log] == []
+    # Triton 2.51 never unloads a model if it answers a request itself, as it does with one that is
+    # cancelled before the model has it: that happens to `nano` now and then.
+    unloaded = [name for name in NAMES if f"successfully unloaded '{name}'" in log]
+    assert {"brief", "pair"} <= set(unloaded)

@@ -3,6 +3,7 @@
 import gc
 import json
 import threading
+import time
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +48,10 @@ class TritonError:
 
 class SendError(Exception):
     pass
+
+
+class Request(SimpleNamespace):
+    """Can be watched by weakref."""
 
 
 @dataclass
@@ -181,6 +186,44 @@ def test_an_answered_request_is_freed_at_once() -> None:
         assert freed() is None
     finally:
         gc.enable()
+
+
+def test_a_request_that_a_template_refused_is_freed_soon() -> None:
+    """Errors of templates hold their own frames, and with them those of the request."""
+    model = StreamingModel.__new__(StreamingModel)
+    model._api, model._outbox, model._live = API, Outbox(API), set()
+    model._sessions = SessionTable(limit=4, idle_seconds=60)
+    model._engine = SimpleNamespace()  # type: ignore[assignment]
+    model._live_lock, model._closing, model._sweep_at = threading.Lock(), threading.Event(), None
+
+    def refuse(*_: object) -> None:
+        inner = ValueError("of the template")
+        inner.args = (inner,)
+        try:
+            raise inner
+        except ValueError as error:
+            raise CheckpointError("the chat template cannot be used") from error
+
+    model._read = refuse  # type: ignore[method-assign, assignment]
+    sender = Sender()
+    request = Request(get_response_sender=lambda: sender, flags=lambda: 0, correlation_id=lambda: 0)
+    freed = weakref.ref(request)
+    watch = threading.Thread(target=model._run_watch)
+    gc.disable()
+    try:
+        watch.start()
+        model.execute([request])
+        del request
+        assert freed() is not None, "no cycle, then"
+        deadline = time.monotonic() + 20
+        while freed() is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert freed() is None
+    finally:
+        gc.enable()
+        model._closing.set()
+        watch.join()
+        model._outbox.close()
 
 
 def test_a_bug_in_a_request_is_answered_and_leaves_its_session() -> None:

@@ -1,7 +1,9 @@
 """The streaming model: one batching engine per instance, a decoupled reply per request."""
 
 import contextlib
+import gc
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -11,7 +13,7 @@ import numpy.typing as npt
 
 from ringexport.batching import BatchingEngine, BatchingOptions
 from ringexport.batching.request import guarded
-from ringexport.errors import ConfigError
+from ringexport.errors import CheckpointError, ConfigError
 from ringexport.runtime.generation import GenerationResult
 from ringexport.runtime.registry import RunnerOptions
 from ringexport.runtime.session import Engine
@@ -27,6 +29,7 @@ Api = Any  # triton_python_backend_utils, which exists only inside of Triton
 Request = Any  # its InferenceRequest
 
 _POLL_SECONDS = 0.2
+_SWEEP_SECONDS = 1.0
 _MIB = 1 << 20
 
 
@@ -72,6 +75,7 @@ class StreamingModel:
         self._outbox = Outbox(api)
         self._live: set[Reply] = set()
         self._live_lock = threading.Lock()
+        self._sweep_at: float | None = None
         self._closing = threading.Event()
         self._watch = threading.Thread(target=self._run_watch, name="ringexport-watch", daemon=True)
         self._watch.start()
@@ -98,6 +102,8 @@ class StreamingModel:
         reply = Reply(self._api, request.get_response_sender(), self._outbox)
         error = guarded(partial(self._start, request, reply))
         if error is not None:
+            if isinstance(error, CheckpointError) and self._sweep_at is None:
+                self._sweep_at = time.monotonic() + _SWEEP_SECONDS
             reply.fail(error)
 
     def _start(self, request: Request, reply: Reply) -> None:
@@ -165,8 +171,19 @@ class StreamingModel:
         """Cancel what clients have cancelled, and forget idle sessions, until `close`."""
         while not self._closing.wait(_POLL_SECONDS):
             self._sessions.expire()
+            self._sweep()
             with self._live_lock:
                 live = list(self._live)
             for reply in live:
                 with contextlib.suppress(self._api.TritonModelException):
                     reply.poll()
+
+    def _sweep(self) -> None:
+        """Free requests that a chat template refused.
+
+        Its errors hold their frames in a cycle, and Triton unloads a model only when all requests
+        are freed.
+        """
+        if self._sweep_at is not None and time.monotonic() >= self._sweep_at:
+            self._sweep_at = None
+            gc.collect()
