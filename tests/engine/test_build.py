@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -328,7 +329,8 @@ def test_an_option_sets_its_flag_alone(rtx: TensorRt, option: str) -> None:
     trt = rtx.module
     config = trt.Builder(make_log(rtx)).create_builder_config()
     before = config.flags
-    _set_options(rtx, config, BuildOptions(**{option: True}))  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {option: True}
+    _set_options(rtx, config, BuildOptions(**chosen))
     assert config.flags == before | 1 << int(trt.BuilderFlag.__members__[option.upper()])
 
 

@@ -188,12 +188,12 @@ def test_an_answered_request_is_freed_at_once() -> None:
         gc.enable()
 
 
-def test_a_request_that_a_template_refused_is_freed_soon() -> None:
+def test_a_request_that_a_template_refused_is_freed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors of templates hold their own frames, and with them those of the request."""
     model = StreamingModel.__new__(StreamingModel)
     model._api, model._outbox, model._live = API, Outbox(API), set()
     model._sessions = SessionTable(limit=4, idle_seconds=60)
-    model._engine = SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setattr(model, "_engine", SimpleNamespace(), raising=False)
     model._live_lock, model._closing, model._sweep_at = threading.Lock(), threading.Event(), None
 
     def refuse(*_: object) -> None:
@@ -204,7 +204,7 @@ def test_a_request_that_a_template_refused_is_freed_soon() -> None:
         except ValueError as error:
             raise CheckpointError("the chat template cannot be used") from error
 
-    model._read = refuse  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(model, "_read", refuse)
     sender = Sender()
     request = Request(get_response_sender=lambda: sender, flags=lambda: 0, correlation_id=lambda: 0)
     freed = weakref.ref(request)
@@ -247,16 +247,16 @@ def test_a_bug_in_a_request_is_answered_and_leaves_its_session() -> None:
     assert len(model._sessions) == 0
 
 
-def test_a_whole_chat_does_not_go_behind_a_session() -> None:
+def test_a_whole_chat_does_not_go_behind_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
     model = StreamingModel.__new__(StreamingModel)
     model._api, model._outbox = API, Outbox(API)
     model._sessions = SessionTable(limit=4, idle_seconds=60)
     model._sessions.begin(7, start=True, last=False).finish([1, 2])
-    model._engine = SimpleNamespace(  # type: ignore[assignment]
-        tokenizer=SimpleNamespace(encode=lambda _: [3]), chat_prompt=lambda _, **__: "x"
-    )
+    tokenizer = SimpleNamespace(encode=lambda _: [3])
+    engine = SimpleNamespace(tokenizer=tokenizer, chat_prompt=lambda _, **__: "x")
+    monkeypatch.setattr(model, "_engine", engine, raising=False)
     chat = np.array(['[{"role": "user", "content": "a"}]'])
-    model._read = lambda _, name: chat if name == "messages" else None  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "_read", lambda _, name: chat if name == "messages" else None)
     sender = Sender()
     request = SimpleNamespace(
         get_response_sender=lambda: sender, flags=lambda: 0, correlation_id=lambda: 7
